@@ -1,0 +1,354 @@
+"""
+CALM: a Transformer that predicts the next *vector*, and the score that judges it by its samples alone.
+
+    tokens of chunk i  --embed, compress-->  one input  --Transformer-->  h_i  --energy head-->  z of chunk i+1
+                                                                                    |
+                                             tokens of chunk i+1  <--frozen autoencoder's decoder--
+
+A sequence of T tokens is L = T/K steps long. The file has three parts: the backbone (an ordinary LLaMA-style Transformer
+with a key/value cache), CALM itself, and the Brier score of its predictions (BrierLM).
+
+Letters: B batch, T tokens, L chunks, K tokens a chunk, V vocabulary, d width, l latent size, n samples, H attention heads,
+... any number of leading dimensions (the same in every file; see autoencoder.py).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from autoencoder import NORM_EPS, InputError, SwiGLU, init_by_width
+from energy_head import EnergyHead, energy_loss
+
+
+@dataclass
+class CALMConfig:
+    """The published CALM-M (371 M parameters), but for the vocabulary."""
+
+    vocab_size: int
+    chunk_size: int = 4  # K
+    latent_size: int = 128  # l
+    hidden_size: int = 1024  # d
+    intermediate_size: int = 2752  # inner width of SwiGLU
+    n_layers: int = 16
+    n_heads: int = 16
+    noise_size: int = 64  # of the energy head
+    n_head_blocks: int = 4
+    n_samples: int = 8  # N, samples of the head for one position in the loss
+    n_targets: int = 100  # M, draws from the target's posterior in the loss
+    context: int = 8192  # tokens in a training sequence
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}.")
+        if self.n_samples < 2:
+            raise InputError("n_samples must be at least 2: the energy score compares samples with each other.")
+        if self.hidden_size % (2 * self.n_heads):
+            raise InputError(f"hidden_size {self.hidden_size} must be a multiple of twice n_heads ({self.n_heads}).")
+        if self.context % self.chunk_size:
+            raise InputError(
+                f"context {self.context} is no multiple of chunk_size {self.chunk_size}: "
+                f"try {max(2, self.context // self.chunk_size) * self.chunk_size}."
+            )
+        if self.context < 2 * self.chunk_size:
+            raise InputError(f"context {self.context} must hold at least two chunks of {self.chunk_size}: one to read, one to predict.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The backbone
+
+
+class KVCache:
+    """
+    The keys and values of the steps already taken, so that the next step need not compute them again.
+
+    Each layer's are (B, H, capacity, d/H), of which the first `length` steps count. To go back in time, set `length` to
+    something smaller: what lies behind it is overwritten by the next step.
+    """
+
+    def __init__(self):
+        self.length = 0
+        self.layers = {}  # layer number -> (keys, values)
+
+    def append(self, layer, keys, values):
+        """Adds the new steps' (B, H, new, d/H) behind the first `length`; returns those of all steps so far."""
+        end = self.length + keys.shape[2]
+        if layer not in self.layers:
+            self.layers[layer] = (keys, values)
+        elif end > self.layers[layer][0].shape[2]:
+            room = torch.zeros_like(self.layers[layer][0][:, :, :1]).expand(-1, -1, end, -1)  # doubles, so growth is rare
+            self.layers[layer] = tuple(torch.cat([old, room], dim=2) for old in self.layers[layer])
+        for stored, new in zip(self.layers[layer], (keys, values)):
+            stored[:, :, self.length : end] = new
+        return tuple(stored[:, :, :end] for stored in self.layers[layer])
+
+    def repeat(self, n):
+        """n copies of the whole batch, one behind the other: B becomes n · B."""
+        self.layers = {i: (k.repeat(n, 1, 1, 1), v.repeat(n, 1, 1, 1)) for i, (k, v) in self.layers.items()}
+
+
+def rotate(x, positions, theta):
+    """
+    Rotary position embedding (RoPE): turn each pair of coordinates (j, j + half) by the angle position · theta^(-j/half).
+
+    x (B, H, steps, d/H), positions (steps,)  ->  the shape of x. The dot product of two rotated vectors depends on the
+    *difference* of their positions. "Half-split" pairs as in the released code (and LLaMA), not neighbouring ones.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = positions[:, None].float() * frequencies  # (steps, half)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with RoPE, without biases: (B, steps, d) -> (B, steps, d)."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.hidden_size
+        self.n_heads, self.theta = config.n_heads, config.rope_theta
+        self.query, self.key, self.value, self.out = (nn.Linear(d, d, bias=False) for _ in range(4))
+
+    def forward(self, x, cache=None, layer=None):
+        past = cache.length if cache is not None else 0
+        steps = x.shape[1]
+        positions = torch.arange(past, past + steps, device=x.device)
+        q, k, v = (f(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        if past == 0:
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # the new steps see all of the past, and of each other what is not in their future
+            visible = torch.ones(steps, past + steps, dtype=torch.bool, device=x.device).tril(past)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        return self.out(x.transpose(1, 2).flatten(-2))
+
+
+class TransformerBlock(nn.Module):
+    """x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)): (B, steps, d) -> (B, steps, d)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x, cache=None, layer=None):
+        x = x + self.attention(self.attention_norm(x), cache, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Backbone(nn.Module):
+    """
+    The Transformer between the inputs and the hidden states: (B, steps, d) -> (B, steps, d), causal.
+
+    It does not know what a step is: a chunk for CALM. Given a cache, it continues behind the steps that are in it.
+    Released code: `LlamaModel` of transformers, as `transformer` in modeling_energy.py.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
+
+    def forward(self, x, cache=None):
+        steps = x.shape[1]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.length += steps
+        return self.norm(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CALM
+
+
+class CALM(nn.Module):
+    """
+    The continuous autoregressive language model (paper, section 3; released code: `EnergyTransformer` in modeling_energy.py).
+
+    The autoencoder is frozen: the language model learns to hit a target that stands still.
+    """
+
+    def __init__(self, config, autoencoder):
+        super().__init__()
+        for name in ("vocab_size", "chunk_size", "latent_size"):
+            ours, theirs = getattr(config, name), getattr(autoencoder.config, name)
+            if ours != theirs:
+                raise InputError(f"the language model has {name} {ours}, but its autoencoder has {theirs}: they must agree.")
+        self.config = config
+        d, K = config.hidden_size, config.chunk_size
+        self.embedding = nn.Embedding(config.vocab_size, d)
+        self.compression = nn.Sequential(
+            nn.Linear(K * d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d), nn.LayerNorm(d, eps=NORM_EPS)
+        )
+        self.backbone = Backbone(config)
+        self.apply(init_by_width)  # before the head and the autoencoder, which have starts of their own
+        self.head = EnergyHead(d, config.latent_size, config.noise_size, config.n_head_blocks)
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+
+    def train(self, mode=True):
+        """As every module's `train`, but the frozen autoencoder stays in evaluation mode: its targets are undamaged."""
+        super().train(mode)
+        self.autoencoder.eval()
+        return self
+
+    def chunks(self, tokens):
+        """(B, T) -> (B, L, K). T must be a multiple of K."""
+        K = self.config.chunk_size
+        if tokens.shape[-1] % K:
+            raise ValueError(f"{tokens.shape[-1]} tokens are no whole number of chunks of {K}")
+        return tokens.unflatten(-1, (-1, K))
+
+    def compress(self, tokens):
+        """
+        The inputs of the backbone: the K embeddings of each chunk, squeezed into one: (B, T) -> (B, L, d).
+
+        The input is the *discrete* chunk and not its latent vector: what was generated is first made into tokens and then
+        read again, so small errors of the prediction do not pile up (paper, section 3.1: latents as inputs were worse).
+        """
+        return self.compression(self.embedding(self.chunks(tokens)).flatten(-2))
+
+    def hidden_states(self, tokens, cache=None):
+        """(B, T) -> (B, L, d). The state at chunk i has seen chunks 0 to i and predicts chunk i+1."""
+        return self.backbone(self.compress(tokens), cache)
+
+    def forward(self, tokens):
+        """
+        tokens (B, T)  ->  loss (a scalar), metrics (floats: fidelity, diversity).
+
+        Chunk 0 has no history and is only read. The targets of the others are the autoencoder's posteriors.
+        """
+        c = self.config
+        hidden = self.hidden_states(tokens[:, : -c.chunk_size])  # (B, L-1, d)
+        samples = self.head.sample(hidden, c.n_samples)  # (N, B, L-1, l)
+        with torch.no_grad():
+            mean, log_std = self.autoencoder.encode(self.chunks(tokens)[:, 1:])  # (B, L-1, l)
+        loss, fidelity, diversity = energy_loss(samples, mean, log_std, c.n_targets)
+        return loss, {"fidelity": fidelity.item(), "diversity": diversity.item()}
+
+    @torch.no_grad()
+    def draw_chunks(self, hidden, n, generator=None):
+        """
+        n independent draws of the next chunk for each hidden state: (..., d) -> (n, ..., K) int.
+
+        All the randomness is in the latent; each token is the decoder's most probable one for it (paper, section 3.3).
+        """
+        return self.autoencoder.decode_tokens(self.head.sample(hidden, n, generator))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# BrierLM
+#
+# The Brier score of a prediction P for the outcome y is  2 P(y) - sum_x P(x)^2, on average largest at the true distribution.
+# Samples are enough to estimate both terms without bias:  P(y) is how often a sample hits y, and sum_x P(x)^2 is how often
+# two independent samples collide. Brier-n takes as outcome the next n tokens, all of which must agree.   (paper, section 4)
+
+
+def prefix_matches(first, second):
+    """Do the first n tokens agree, for each n up to 4?  (..., K) and (..., K) -> (..., min(K, 4)), 1.0 or 0.0."""
+    return (first == second)[..., :4].long().cumprod(-1).float()
+
+
+def brier_score(first, second, target):
+    """
+    The unbiased two-sample estimate  1{x1 = y} + 1{x2 = y} - 1{x1 = x2}  of Brier-n for n = 1 … min(K, 4).
+
+    first, second (independent samples) and target, each (..., K) int  ->  (..., min(K, 4)) float, each in {-1, 0, 1, 2}.
+    """
+    return prefix_matches(first, target) + prefix_matches(second, target) - prefix_matches(first, second)
+
+
+def brier_lm(brier):
+    """
+    BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4): four numbers (a tensor or a sequence) -> float.
+
+    Each factor is floored at 0 by itself. The released code floors the *product*, and a product of four negative estimates
+    is positive: a model that has learnt nothing can score 7 that way.
+    """
+    factors = [max(float(b), 0.0) for b in brier]
+    return 100 * math.prod(factors) ** (1 / len(factors))
+
+
+def draw_continuations(model, tokens, n, generator=None):
+    """
+    n independent continuations, of at least 4 tokens, of the text up to each chunk that has at least 4 more tokens behind it.
+
+    tokens (B, T)  ->  continuations (n, B, positions, >= 4), and the true tokens there (B, positions, >= 4).
+
+    For K >= 4 one chunk is a continuation, and one pass gives the hidden states of all positions. For K < 4 several chunks
+    must be generated, each from its own sample's history.
+    """
+    K = model.config.chunk_size
+    n_chunks = math.ceil(4 / K)
+    cache = KVCache()
+    hidden = model.hidden_states(tokens, cache)
+    positions = hidden.shape[1] - n_chunks
+    drawn = model.draw_chunks(hidden[:, :positions], n, generator)  # (n, B, positions, K): the next chunk
+    if n_chunks > 1:
+        B = len(tokens)
+        cache.repeat(n)
+        continuations = [None] * positions
+        # From the last position to the first: a step at position i overwrites what the cache holds of the true text behind
+        # i, and in this order that is never needed again.
+        for i in reversed(range(positions)):
+            path = [drawn[:, :, i].reshape(n * B, K)]
+            cache.length = i + 1
+            while len(path) < n_chunks:
+                last = model.hidden_states(path[-1], cache)[:, -1]
+                path.append(model.draw_chunks(last, 1, generator)[0])
+            continuations[i] = torch.cat(path, dim=-1).view(n, B, -1)
+        drawn = torch.stack(continuations, dim=2)
+    truth = tokens[:, K:].unfold(1, n_chunks * K, K)  # (B, positions, n_chunks · K): one window a chunk
+    return drawn, truth
+
+
+@torch.no_grad()
+def evaluate_brier(model, tokens, context, batch_size=16, generator=None):
+    """
+    Brier-1 … 4 and BrierLM of a model on a text, with standard errors and the protocol, which is part of the score.
+
+    tokens (T,) int: the text, cut into sequences of `context` tokens (a multiple of K; what is left over is not used).
+    Every chunk of a sequence with a chunk before it and 4 tokens to compare is predicted, from its history in the sequence.
+    Returns {"brier": [4], "brier_se": [4], "brier_lm", "brier_lm_se", "context", "positions"}. Brier-n are shares (0 to 1),
+    BrierLM is 100 times their geometric mean. Raises InputError for a text shorter than one context.
+
+    A context of another length changes the score (by about 30 % in an independent reproduction), so it is never left out.
+    """
+    K = model.config.chunk_size
+    if context % K or context < K + 4:
+        raise InputError(f"the context of an evaluation must be a multiple of {K} (the chunk size) and at least {K + 4}, not {context}.")
+    sequences = tokens[: len(tokens) // context * context].view(-1, context)
+    if not len(sequences):
+        raise InputError(f"the text to evaluate has {len(tokens)} tokens, less than one context of {context}.")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    scores = []  # of each sequence, (4,): sequences are independent pieces of text, the tokens in one are not
+    for batch in sequences.split(batch_size):
+        (first, second), truth = draw_continuations(model, batch.to(device), 2, generator)
+        scores.append(brier_score(first, second, truth).mean(1).cpu())
+    model.train(was_training)
+    scores = torch.cat(scores)
+
+    # The bootstrap: how much do the figures move when the sequences are drawn again, from themselves, with replacement?
+    draws = torch.randint(len(scores), (1000, len(scores)), generator=torch.Generator().manual_seed(0))
+    resampled = torch.stack([scores[i].mean(0) for i in draws])
+    resampled_lm = torch.tensor([brier_lm(b) for b in resampled])
+    return {
+        "brier": scores.mean(0).tolist(),
+        "brier_se": resampled.std(0).tolist(),
+        "brier_lm": brier_lm(scores.mean(0)),
+        "brier_lm_se": resampled_lm.std().item(),
+        "context": context,
+        "positions": len(scores) * truth.shape[1],
+    }

@@ -1,0 +1,181 @@
+"""
+The energy head: a sampler of vectors, and the score that trains it without likelihoods.    (CALM paper, section 3)
+
+A softmax gives every token a probability, and cross-entropy trains it. A vector in R^l has no softmax: the energy head is
+only a *sampler*, a small network that turns the Transformer's hidden state and random noise into one vector. Nobody can ask
+it how probable a vector is. The energy score needs nothing but samples to tell a good sampler from a bad one.
+
+The first half of this file is that score, as pure functions on tensors, for any sampler. The second half is the head.
+
+Letters: N head samples, M target samples, l latent size, d width, ... any number of leading dimensions (see autoencoder.py).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+NORM_EPS = 1e-6  # of every LayerNorm, as in the released code
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The energy score
+#
+#     S(P, y) = E |x' - x''|^alpha  -  2 E |x - y|^alpha ,     x, x', x'' independent draws from P
+#
+# For 0 < alpha < 2 it is *strictly proper*: on average over y ~ Q it is largest when P = Q, and only then. The second term
+# (fidelity) pulls the samples towards the data; the first (diversity) pushes them apart, or they would all land on the
+# median. When P = Q the two expectations are equal: E |x' - x''| = E |x - y|. At alpha = 2 the score sees only the mean.
+
+
+def distance_power(squared, alpha):
+    """|x|^alpha from |x|^2, with gradient 0 (not NaN) where |x| = 0. Any shape, element by element."""
+    if not 0 < alpha < 2:
+        raise ValueError(f"alpha must lie strictly between 0 and 2 for the energy score to be strictly proper, not {alpha}")
+    apart = squared > 0
+    # The inner `where` keeps the root away from 0: its derivative there is infinite, and 0 · inf would be NaN.
+    return torch.where(apart, torch.where(apart, squared, 1.0).pow(alpha / 2), 0.0)
+
+
+def zero_if_rounding(squared, scale):
+    """
+    |x - y|^2 = |x|^2 + |y|^2 - 2 x·y costs l times less memory than all the differences, but where x = y rounding leaves
+    about 1e-7 · (|x|^2 + |y|^2) in float32. Here what is no larger than that becomes 0; `scale` is the sum of the squares.
+    """
+    return torch.where(squared > 4 * torch.finfo(squared.dtype).eps * scale, squared, 0.0)
+
+
+def squared_distances(x, y):
+    """All |x_n - y_m|^2: (..., N, l) and (..., M, l) -> (..., N, M), by one matrix product."""
+    # Distances do not change when both clouds are moved. Around the clouds' own centre the terms are as small as the
+    # distances themselves; far from it, three large numbers would cancel to a small one.
+    centre = y.mean(-2, keepdim=True)
+    x, y = x - centre, y - centre
+    scale = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
+    return zero_if_rounding(scale - 2 * x @ y.transpose(-1, -2), scale)
+
+
+def in_full_precision(*tensors):
+    """At least float32: sums of squares of half-precision numbers lose the distances that they are made of."""
+    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+
+
+def diversity(samples, alpha=1.0):
+    """E |x' - x''|^alpha over all pairs of *different* draws: (N, ..., l) -> (...), unbiased, N >= 2."""
+    n = samples.shape[0]
+    if n < 2:
+        raise ValueError("the diversity of a sampler needs at least 2 samples")
+    x = samples.movedim(0, -2)  # (..., N, l)
+    # A draw's distance to itself is 0 and adds nothing, but does not count as a pair: divide by N (N - 1), not by N^2.
+    return distance_power(squared_distances(x, x), alpha).sum((-1, -2)) / (n * (n - 1))
+
+
+def energy_score(samples, targets, alpha=1.0):
+    """
+    The energy score of a sampler at observed targets, to be *maximised*.               (paper, section 3.2)
+
+    samples (N, ..., l), targets (M, ..., l)  ->  (...), unbiased, N >= 2. For half precision it is computed in float32.
+    Released code: `energy_score` in modeling_energy.py, which holds all the differences: N·M·positions·l numbers.
+    """
+    with torch.autocast(samples.device.type, enabled=False):
+        samples, targets = in_full_precision(samples, targets)
+        between = squared_distances(samples.movedim(0, -2), targets.movedim(0, -2))
+        return diversity(samples, alpha) - 2 * distance_power(between, alpha).mean((-1, -2))
+
+
+def posterior_fidelity(samples, mean, log_std, noise, alpha=1.0):
+    """
+    E |x - y|^alpha for targets y_m = mean + std · noise_m: the same M draws of noise for every position.
+
+    samples (N, ..., l), mean and log_std (..., l), noise (M, l)  ->  (...).
+
+    Sharing needs fewer random numbers and stays unbiased: each position still sees M independent draws of its own posterior,
+    and a mean over positions does not mind that they are related. And it factors: with r = x - mean, no target is ever made.
+        |x - y|^2 = |r - std·noise|^2 = |r|^2 - 2 (r·std) . noise + std^2 . noise^2
+    """
+    std = log_std.exp()
+    r = samples - mean  # (N, ..., l)
+    scale = r.square().sum(-1, keepdim=True) + std.square() @ noise.square().T  # (N, ..., M)
+    squared = zero_if_rounding(scale - 2 * (r * std) @ noise.T, scale)
+    return distance_power(squared, alpha).mean((0, -1))
+
+
+def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None):
+    """
+    Minus the energy score, averaged over all positions, with targets drawn from the autoencoder's posterior.
+
+    samples (N, ..., l), mean and log_std (..., l)  ->  loss, fidelity, diversity: scalars, loss = 2·fidelity - diversity.
+
+    The target is the whole posterior: M = `n_targets` draws of it cost little beside the N samples of the network.
+    When the head matches the data, fidelity = diversity; their gap shows how far it still is.
+    """
+    with torch.autocast(samples.device.type, enabled=False):
+        samples, mean, log_std = in_full_precision(samples, mean, log_std)
+        noise = torch.randn(n_targets, mean.shape[-1], device=mean.device, dtype=mean.dtype, generator=generator)
+        fidelity = posterior_fidelity(samples, mean, log_std, noise, alpha).mean()
+        spread = diversity(samples, alpha).mean()
+        return 2 * fidelity - spread, fidelity, spread
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The head
+
+
+class HeadBlock(nn.Module):
+    """
+    x <- x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]):  x (n, ..., d), c (..., d) -> (n, ..., d).
+
+    Released code: `MLPBlock` in modeling_energy.py.
+    """
+
+    def __init__(self, d):
+        super().__init__()
+        self.norm = nn.LayerNorm(d, eps=NORM_EPS)
+        self.linear_in = nn.Linear(2 * d, d)
+        self.linear_mid = nn.Linear(d, d)
+        self.linear_out = nn.Linear(d, 2 * d)
+        self.down = nn.Linear(d, d)
+
+    def forward(self, x, c):
+        # W [x, c] = W_x x + W_c c. All n samples of a position share c, so its half is computed once and added to all of them.
+        weight_x, weight_c = self.linear_in.weight.chunk(2, dim=1)
+        h = F.linear(self.norm(x), weight_x) + F.linear(c, weight_c, self.linear_in.bias)
+        gate, up = self.linear_out(F.silu(self.linear_mid(F.silu(h)))).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class EnergyHead(nn.Module):
+    """
+    One draw of the next latent vector from one forward pass, where diffusion needs many.      (paper, section 3.3)
+
+    Released code: `MLPGenerator` in modeling_energy.py. The paper takes about a quarter as many blocks as the Transformer's.
+    """
+
+    def __init__(self, hidden_size, latent_size, noise_size=64, n_blocks=4):
+        super().__init__()
+        d = hidden_size
+        self.noise_size = noise_size
+        self.noise_in, self.noise_norm = nn.Linear(noise_size, d), nn.LayerNorm(d, eps=NORM_EPS)
+        self.hidden_in, self.hidden_norm = nn.Linear(d, d), nn.LayerNorm(d, eps=NORM_EPS)
+        self.blocks = nn.ModuleList(HeadBlock(d) for _ in range(n_blocks))
+        self.final_norm = nn.LayerNorm(d, eps=NORM_EPS)
+        self.final_in = nn.Linear(d, d)
+        self.final_out = nn.Linear(d, latent_size)
+        # By width: see `init_by_width` in autoencoder.py. The last map starts at zero: every first prediction is the origin.
+        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.final_out.weight)
+
+    def forward(self, hidden, noise):
+        """hidden (..., d), noise (..., noise_size), which may have more leading dimensions than hidden  ->  latent (..., l)."""
+        x = self.noise_norm(self.noise_in(noise))
+        c = self.hidden_norm(self.hidden_in(hidden))
+        for block in self.blocks:
+            x = block(x, c)
+        return self.final_out(F.silu(self.final_in(self.final_norm(x))))
+
+    def sample(self, hidden, n, generator=None):
+        """n independent draws for each hidden state: (..., d) -> (n, ..., l). The noise is uniform in [-1/2, 1/2)."""
+        shape = (n, *hidden.shape[:-1], self.noise_size)
+        noise = torch.rand(shape, device=hidden.device, dtype=hidden.dtype, generator=generator) - 0.5
+        return self(hidden, noise)

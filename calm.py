@@ -84,41 +84,38 @@ class KVCache:
         self.layers = {i: (k.repeat(n, 1, 1, 1), v.repeat(n, 1, 1, 1)) for i, (k, v) in self.layers.items()}
 
 
-def rotate(x, positions, theta):
-    """
-    Rotary position embedding (RoPE): turn each pair of coordinates (j, j + half) by the angle position · theta^(-j/half), so
-    that dot products depend on *differences* of positions. Half-split pairs, as in the released code, not neighbours.
+def rotation(positions, size, theta):
+    """cos and sin of the angles position · theta^(-j / half), j < half = size / 2: positions (steps,) -> (steps, half) each."""
+    half = size // 2
+    frequencies = theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    angles = positions[:, None] * frequencies
+    return angles.cos(), angles.sin()
 
-    x (B, H, steps, d/H), positions (steps,)  ->  the shape of x.
+
+def rotate(x, cos, sin):
     """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = positions[:, None].float() * frequencies  # (steps, half)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
+    Rotary position embedding (RoPE): turn each pair of coordinates (j, j + half) of x (B, H, steps, size) by its angle, so
+    that dot products depend on *differences* of positions. Half-split pairs, as in the released code, not neighbours.
+    """
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with RoPE, without biases: (B, steps, d) -> (B, steps, d)."""
+    """Self-attention with RoPE, without biases: (B, steps, d) -> (B, steps, d). Causal if `visible` is None."""
 
     def __init__(self, config):
         super().__init__()
-        d, self.n_heads, self.theta = config.hidden_size, config.n_heads, config.rope_theta
+        d, self.n_heads = config.hidden_size, config.n_heads
         self.query, self.key, self.value, self.out = (nn.Linear(d, d, bias=False) for _ in range(4))
 
-    def forward(self, x, cache=None, layer=None):
-        past, steps = (0 if cache is None else cache.length), x.shape[1]
-        positions = torch.arange(past, past + steps, device=x.device)
+    def forward(self, x, turn, visible, cache, layer):
         q, k, v = (f(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+        q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        if past == 0:
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:  # the new steps see all of the past, and of each other what is not in their future
-            visible = torch.ones(steps, past + steps, dtype=torch.bool, device=x.device).tril(past)
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
         return self.out(x.transpose(1, 2).flatten(-2))
 
 
@@ -132,27 +129,35 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, cache=None, layer=None):
-        x = x + self.attention(self.attention_norm(x), cache, layer)
+    def forward(self, x, *how):
+        x = x + self.attention(self.attention_norm(x), *how)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Backbone(nn.Module):
     """
-    The Transformer between inputs and hidden states, causal: (B, steps, d) -> (B, steps, d). It need not know what a step is
-    (here: a chunk). Given a cache, it goes on behind the steps in it. Released code: the `LlamaModel` of transformers.
+    The Transformer between inputs and hidden states: (B, steps, d) -> (B, steps, d). It need not know what a step is (here:
+    a chunk). Given a cache, it goes on behind the steps in it. Released code: the `LlamaModel` of transformers.
     """
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, positions=None, visible=None):
+        """Unless told otherwise by positions (steps,) and visible (steps, steps in the cache + steps), it is causal."""
+        past, steps = (0 if cache is None else cache.length), x.shape[1]
+        if positions is None:
+            positions = torch.arange(past, past + steps, device=x.device)
+            if past:  # the new steps see all of the past, and of each other what is not in their future
+                visible = torch.ones(steps, past + steps, dtype=torch.bool, device=x.device).tril(past)
+        turn = rotation(positions, self.config.hidden_size // self.config.n_heads, self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache, layer)
+            x = block(x, turn, visible, cache, layer)
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.length += steps
         return self.norm(x)
 
 
@@ -203,9 +208,9 @@ class CALM(nn.Module):
         """
         return self.compression(self.embedding(self.chunks(tokens)).flatten(-2))
 
-    def hidden_states(self, tokens, cache=None):
-        """(B, T) -> (B, L, d). The state at chunk i has seen chunks 0 to i and predicts chunk i+1."""
-        return self.backbone(self.compress(tokens), cache)
+    def hidden_states(self, tokens, cache=None, positions=None, visible=None):
+        """(B, T) -> (B, L, d). The state at chunk i has seen chunks 0 to i and predicts chunk i+1. The rest: see `Backbone`."""
+        return self.backbone(self.compress(tokens), cache, positions, visible)
 
     def forward(self, tokens):
         """
@@ -226,7 +231,7 @@ class CALM(nn.Module):
         n independent draws of the next chunk for each hidden state: (..., d) -> (n, ..., K) int.
         All the randomness is in the latent; each token is the decoder's most probable one for it (paper, section 3.3).
         """
-        return self.autoencoder.decode_tokens(self.head.sample(hidden, n, generator))
+        return self.autoencoder.decode_tokens(self.head.sample(hidden, n, generator=generator))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -265,25 +270,23 @@ def draw_continuations(model, tokens, n, generator=None):
     For each chunk with at least 4 tokens behind it, n independent continuations of at least 4 tokens.
 
     tokens (B, T)  ->  continuations (n, B, positions, >= 4), and the true tokens there (B, positions, >= 4).
-    For K >= 4 one chunk is enough. For K < 4 several must be generated, each draw from its own history.
+    For K >= 4 one chunk is enough. For K < 4 several must be generated, each from its own history. That is done for all
+    positions at once: the text is the stem of a tree, and the continuation of chunk i a branch that sees the stem up to i
+    and itself. So the j-th chunks of all branches are one pass, in which branch i stands at position i + j.
     """
     B, K, cache = len(tokens), model.config.chunk_size, KVCache()
     n_chunks = math.ceil(4 / K)
-    hidden = model.hidden_states(tokens, cache)
+    hidden = model.hidden_states(tokens, cache)  # the stem
     positions = hidden.shape[1] - n_chunks
-    drawn = model.draw_chunks(hidden[:, :positions], n, generator)  # (n, B, positions, K): the next chunk
-    if n_chunks > 1:
-        cache.repeat(n)
-        continuations = [None] * positions
-        # From the last position to the first: generating behind position i overwrites the true text there in the cache.
-        for i in reversed(range(positions)):
-            path = [drawn[:, :, i].reshape(n * B, K)]
-            cache.length = i + 1
-            while len(path) < n_chunks:
-                last = model.hidden_states(path[-1], cache)[:, -1]
-                path.append(model.draw_chunks(last, 1, generator)[0])
-            continuations[i] = torch.cat(path, dim=-1).view(n, B, -1)
-        drawn = torch.stack(continuations, dim=2)
+    path = [model.draw_chunks(hidden[:, :positions], n, generator=generator)]  # (n, B, positions, K): the next chunk
+    cache.repeat(n)
+    branch = torch.arange(positions, device=tokens.device)
+    visible = torch.ones(positions, hidden.shape[1], dtype=torch.bool, device=tokens.device).tril()
+    for j in range(1, n_chunks):
+        visible = torch.cat([visible, torch.eye(positions, device=tokens.device).bool()], dim=1)
+        hidden = model.hidden_states(path[-1].reshape(n * B, -1), cache, branch + j, visible)
+        path.append(model.draw_chunks(hidden, 1, generator=generator).view(n, B, positions, K))
+    drawn = torch.cat(path, dim=-1)
     truth = tokens[:, K:].unfold(1, n_chunks * K, K)  # (B, positions, n_chunks · K): one window a chunk
     return drawn, truth
 

@@ -157,8 +157,7 @@ def shakespeare():
 
 def download(url):
     """Fetches a URL into data/ once, with progress; returns the path."""
-    name = hashlib.sha256(url.encode()).hexdigest()[:8] + "-" + os.path.basename(url.split("?")[0])
-    path = os.path.join(CACHE, name)
+    path = os.path.join(CACHE, hashlib.sha256(url.encode()).hexdigest()[:8] + "-" + os.path.basename(url.split("?")[0]))
 
     def progress(blocks, block_size, size):
         print(f"\rfetching {url}: {blocks * block_size / 1e6:.1f} MB" + f" of {size / 1e6:.1f}" * (size > 0), end="", flush=True)

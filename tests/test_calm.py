@@ -5,7 +5,7 @@ import torch
 from conftest import SEEDS, tiny_calm
 
 from autoencoder import Autoencoder, AutoencoderConfig, InputError
-from calm import CALM, CALMConfig, KVCache, brier_lm, brier_score, draw_continuations, evaluate_brier, rotate
+from calm import CALM, CALMConfig, KVCache, brier_lm, brier_score, draw_continuations, evaluate_brier, rotate, rotation
 from sample import generate
 
 # The backbone and the cache
@@ -62,14 +62,14 @@ def test_rope_turns_by_the_difference_of_positions():
     q, k = torch.randn(2, 1, 1, 1, 16).double()
 
     def product(i, j):
-        return (rotate(q, torch.tensor([i]), 1e4) * rotate(k, torch.tensor([j]), 1e4)).sum().item()
+        return (rotate(q, *rotation(torch.tensor([i]), 16, 1e4)) * rotate(k, *rotation(torch.tensor([j]), 16, 1e4))).sum().item()
 
     assert product(3, 1) == pytest.approx(product(12, 10))
     assert product(3, 1) != pytest.approx(product(1, 3))
     # Half-split: coordinate 0 turns together with coordinate 8, by the full angle of one radian a position.
     unit = torch.zeros(1, 1, 1, 16).double()
     unit[..., 0] = 1
-    turned = rotate(unit, torch.tensor([1]), 1e4).flatten()
+    turned = rotate(unit, *rotation(torch.tensor([1]), 16, 1e4)).flatten()
     assert turned[[0, 8]].tolist() == pytest.approx([0.5403023, 0.8414710])
 
 
@@ -173,7 +173,7 @@ class Urn(torch.nn.Module):
         self.chunks = torch.tensor(list(itertools.product(range(3), repeat=K)))
         self.probabilities = probabilities
 
-    def hidden_states(self, tokens, cache=None):
+    def hidden_states(self, tokens, cache=None, positions=None, visible=None):
         if cache is not None:
             cache.length += tokens.shape[1] // self.config.chunk_size
         return torch.zeros(len(tokens), tokens.shape[1] // self.config.chunk_size, 2)
@@ -227,5 +227,5 @@ def test_a_text_or_context_that_is_too_short_is_refused():
     with pytest.raises(InputError, match="less than one context"):
         evaluate_brier(model, torch.zeros(31, dtype=torch.long), 32)
     for context in (4, 30):
-        with pytest.raises(InputError, match="multiple of 4"):
+        with pytest.raises(InputError, match="multiple of chunk_size 4"):
             evaluate_brier(model, torch.zeros(100, dtype=torch.long), context)

@@ -135,6 +135,13 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None,
 # Tokenizers and checkpoints
 
 END_OF_TEXT = "<|endoftext|>"
+# Llama 3's own way to cut a text, and its special tokens, which follow the ranks of its `tokenizer.model`.
+LLAMA3_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *_reserved[:4], "<|start_header_id|>", "<|end_header_id|>",
+                  _reserved[4], "<|eot_id|>", *_reserved[5:]]  # fmt: skip
 # A text is cut into words (with the space before them), numbers, punctuation and white space before byte pairs are merged.
 # Bounded lengths keep the time linear whatever the text is.
 PIECES = r" ?\p{L}{1,40}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,20}|\s{1,20}"
@@ -174,9 +181,15 @@ def ranks_from_text(text, source):
 
 
 def load_tokenizer(name_or_file):
-    """A tiktoken.Encoding from a ranks file (`.tiktoken`, `tokenizer.model`) or by tiktoken's name (`gpt2`, …)."""
+    """
+    A tiktoken.Encoding from a ranks file, or by tiktoken's name (`gpt2`, …). A file called `tokenizer.model` is Llama 3's,
+    which holds its ranks alone: the pattern and the special tokens are in the code that reads it.
+    """
     if os.path.exists(name_or_file):
-        return make_encoding(ranks_from_text(read_text(name_or_file), name_or_file))
+        ranks = ranks_from_text(read_text(name_or_file), name_or_file)
+        if os.path.basename(name_or_file) != "tokenizer.model":
+            return make_encoding(ranks)
+        return make_encoding(ranks, LLAMA3_PIECES, {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)})
     names = tiktoken.list_encoding_names()
     if name_or_file not in names:
         raise InputError(f"{name_or_file} is neither a tokenizer file nor one of tiktoken's encodings ({', '.join(names)}).")
@@ -184,6 +197,14 @@ def load_tokenizer(name_or_file):
         return tiktoken.get_encoding(name_or_file)
     except Exception as error:  # tiktoken downloads the ranks: everything that a network can do wrong arrives here
         raise InputError(f"tiktoken could not fetch {name_or_file} ({type(error).__name__}): give --tokenizer FILE, its ranks.") from None
+
+
+def end_of_text(encoding):
+    """The special token that separates documents, as text. Raises InputError for a tokenizer without one."""
+    for mark in (END_OF_TEXT, "<|end_of_text|>"):
+        if mark in encoding.special_tokens_set:
+            return mark
+    raise InputError(f"the tokenizer {encoding.name} has no end-of-text token: take another.")
 
 
 def load_checkpoint(out_dir, name):
@@ -231,7 +252,8 @@ def write_text(model, encoding, prompt, n_tokens, temperature, pool=200, generat
     ids = encoding.encode_ordinary(prompt) or [newline]
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     out = generate(model, tokens, n_tokens, temperature, pool, generator, lead=newline)[0, len(ids) :]
-    return prompt + encoding.decode(out.tolist()).split(END_OF_TEXT)[0]
+    known = [token for token in out.tolist() if token < encoding.n_vocab]  # a vocabulary may be padded with unused numbers
+    return prompt + encoding.decode(known).split(end_of_text(encoding))[0]
 
 
 def pick_device(name):
@@ -257,6 +279,9 @@ def run(main):
 def main():
     parser = argparse.ArgumentParser(description="Write text with a trained model.")
     parser.add_argument("--out_dir", default="out/quick", help="where train.py left calm.pt (default: out/quick)")
+    parser.add_argument("--pretrained", metavar="DIR", help="instead of --out_dir: a folder of the released layout")
+    parser.add_argument("--autoencoder", metavar="DIR", help="with --pretrained: the folder of another copy of its autoencoder")
+    parser.add_argument("--tokenizer", metavar="FILE", help="with --pretrained: its tokenizer.model, or another file of ranks")
     parser.add_argument("--prompt", default="\n", help="the text to continue, or FILE:path (default: an empty line)")
     parser.add_argument("--n_tokens", type=int, default=500, help="tokens to write (default: 500)")
     parser.add_argument("--n_samples", type=int, default=1, help="texts to write (default: 1)")
@@ -271,7 +296,14 @@ def main():
         raise InputError("--n_tokens, --n_samples and --pool must be at least 1.")
     prompt = read_text(args.prompt[5:]) if args.prompt.startswith("FILE:") else args.prompt
     device = pick_device(args.device)
-    model, encoding = load_calm(args.out_dir)
+    if args.pretrained:
+        if not args.tokenizer:
+            raise InputError("--pretrained needs --tokenizer FILE, the model's tokenizer.model.")
+        model, encoding = CALM.from_pretrained(args.pretrained, args.autoencoder), load_tokenizer(args.tokenizer)
+        if len(encoding._mergeable_ranks) > model.config.vocab_size:
+            raise InputError(f"{args.tokenizer} has more tokens than the model's vocabulary of {model.config.vocab_size}.")
+    else:
+        model, encoding = load_calm(args.out_dir)
     n_prompt, longest = len(encoding.encode_ordinary(prompt)), model.config.context - model.config.chunk_size
     if n_prompt > longest:
         warnings.warn(f"the prompt has {n_prompt} tokens and the model sees {longest}: its end is what counts.")

@@ -274,7 +274,7 @@ def merge(word, pair):
 
 def encode_documents(encoding, documents):
     """(T,) int32: the tokens of all the documents, each followed by one end-of-text token."""
-    end = encoding.encode(sample.END_OF_TEXT, allowed_special="all")
+    end = encoding.encode(sample.end_of_text(encoding), allowed_special="all")
     return torch.cat([torch.tensor(encoding.encode_ordinary(text) + end, dtype=torch.int32) for text in documents])
 
 

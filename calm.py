@@ -337,6 +337,17 @@ def brier_score(first, second, target):
     return prefix_matches(first, target) + prefix_matches(second, target) - prefix_matches(first, second)
 
 
+def brier_score_pairs(samples, target):
+    """
+    The same estimate from all n (n-1) / 2 pairs of n >= 2 samples: unbiased as well, and the less noisy the larger n is.
+    samples (n, ..., K) int, target (..., K) int  ->  (..., min(K, 4)) float.
+    """
+    hits = prefix_matches(samples, target).mean(0)
+    pairs = torch.combinations(torch.arange(len(samples)))
+    collisions = sum(prefix_matches(samples[i], samples[j]) for i, j in pairs.tolist()) / len(pairs)
+    return 2 * hits - collisions
+
+
 def brier_lm(brier):
     """
     BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4): four numbers (a tensor or a sequence) -> float.
@@ -374,13 +385,13 @@ def draw_continuations(model, tokens, n, generator=None):
 
 
 @torch.no_grad()
-def evaluate_brier(model, tokens, context, batch_size=16, generator=None):
+def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4, generator=None):
     """
     Brier-1 … 4 and BrierLM of a model on a text, with standard errors and with the protocol, which is part of the score: in
     an independent reproduction another length of context changed it by 30 %.
 
     tokens (T,) int are cut into sequences of `context` tokens (a multiple of K; a rest is left out), and each chunk is
-    predicted from the sequence before it. Returns {"brier": [4], "brier_se": [4], "brier_lm", "brier_lm_se", "context",
+    predicted from the sequence before it, `n_samples` times. Returns {"brier": [4], "brier_se": [4], "brier_lm", "brier_lm_se", "context",
     "positions"}; Brier-n are at most 1, BrierLM at most 100. Raises InputError for a text shorter than one context.
     """
     K = model.config.chunk_size
@@ -391,8 +402,8 @@ def evaluate_brier(model, tokens, context, batch_size=16, generator=None):
     device = next(model.parameters()).device
     scores = []  # (4,) for each sequence: sequences are independent pieces of text, the tokens in one are not
     for batch in tokens[: len(tokens) // context * context].view(-1, context).split(batch_size):
-        (first, second), truth = draw_continuations(model, batch.to(device), 2, generator)
-        scores.append(brier_score(first, second, truth).mean(1).cpu())
+        samples, truth = draw_continuations(model, batch.to(device), n_samples, generator)
+        scores.append(brier_score_pairs(samples, truth).mean(1).cpu())
     scores = torch.cat(scores)
 
     # The bootstrap: how much do the figures move when the sequences are drawn again, from themselves, with replacement?

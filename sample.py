@@ -10,6 +10,8 @@ Letters: those of autoencoder.py (B, T, K, d, ...), N draws in a pool; in formul
 
 import argparse
 import base64
+import functools
+import math
 import os
 import pickle
 import sys
@@ -27,38 +29,109 @@ from calm import CALM, CALMConfig, KVCache
 
 
 def inverse_temperature(temperature):
-    """1/T as an integer, for 0 < T <= 1. Raises InputError for any other T, naming the nearest that works."""
+    """1/T = n + a as (n, a), a whole number and a fraction 0 <= a < 1. Raises InputError unless 0 < T <= 1."""
     if not 0 < temperature <= 1:
         raise InputError(f"the temperature must be above 0 and at most 1, not {temperature:g}.")
-    n = round(1 / temperature)
-    if abs(n * temperature - 1) > 2e-3:  # 0.333 is meant to be 1/3
-        raise InputError(
-            f"the batch method needs a temperature of 1 divided by a whole number, not {temperature:g}: try {1 / n:.4g}."
-        )
-    return n
+    n = math.floor(1 / temperature + 2e-3)  # whoever types 0.333 means 1/3
+    a = 1 / temperature - n
+    return (n, 0.0) if a < 2e-3 else (n, a)
+
+
+def temperature_sample_exact(draw, temperature, max_draws=1_000_000, block=256, with_draws=False, generator=None):
+    """
+    One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1, given nothing but draws from P.  (paper, section 5.1, algorithm 1)
+
+    draw(m) -> (m, K) int: m independent draws  ->  (K,) int; with_draws=True: that, and the number of draws it took.
+    Raises InputError after max_draws draws: an answer then would be biased towards the values that are accepted early.
+
+    With 1/T = n + a, an attempt makes n draws. If all of them are equal, to x say (probability P(x)^n), a *Bernoulli factory*
+    accepts x with probability P(x)^a: for i = 1, 2, ... it draws again; if that is x, it accepts; if not, it gives up with
+    probability a/i. Why that is P(x)^a: with q = 1 - P(x), it reaches trial i+1 with probability
+        q^i (1-a/1)(1-a/2)...(1-a/i),   and sum_i of it  = (1-q)^(a-1) = P(x)^(a-1),   the binomial series,
+    which is the expected number of trials, each of which accepts with probability P(x). So an attempt accepts x with
+    probability P(x)^(n+a), takes n + sum_x P(x)^(n+a-1) draws on average (just n if a = 0), and in all one needs
+        (n + sum_x P(x)^(1/T - 1)) / sum_x P(x)^(1/T)   draws.
+    The draws are asked for in blocks, to keep a GPU busy, and read in order. What is left of a block when the answer is
+    found is thrown away unread, and no draw is read twice: either would make attempts depend on each other.
+    """
+    n, a = inverse_temperature(temperature)
+    used = 0
+    while used < max_draws:
+        attempts = draw(n * max(1, block // n)).unflatten(0, (-1, n))  # (attempts, n, K)
+        agreed = (attempts == attempts[:, :1]).all(-1).all(-1)
+        before = 0  # attempts read so far
+        for attempt in agreed.nonzero().flatten().tolist():
+            used, before = used + n * (attempt + 1 - before), attempt + 1
+            x = attempts[attempt, 0]
+            accepted, trials = bernoulli_factory(draw, x, a, block, max_draws - used, generator) if a else (True, 0)
+            used += trials
+            if accepted and used <= max_draws:
+                return (x, used) if with_draws else x
+        used += n * (len(attempts) - before)
+    raise InputError(
+        f"no chunk was accepted in {max_draws} draws at temperature {temperature:g}: the model is too uncertain here. "
+        "Take a higher temperature, or the batch method."
+    )
+
+
+def bernoulli_factory(draw, x, a, block, max_trials, generator=None):
+    """Accepts the value x (K,) with probability P(x)^a, 0 < a < 1  ->  accepted, trials used. See `temperature_sample_exact`."""
+    trials = 0
+    while trials < max_trials:
+        hit = (draw(block) == x).all(-1)  # (block,)
+        i = torch.arange(trials + 1, trials + block + 1, device=hit.device)
+        gives_up = torch.rand(block, device=hit.device, generator=generator) < a / i
+        ends = (hit | gives_up).nonzero()
+        if len(ends):
+            first = int(ends[0])
+            return bool(hit[first]), trials + first + 1
+        trials += block
+    return False, trials
+
+
+def count_equal(pool):
+    """
+    How often is each draw's value in its pool?  (..., N, K) int  ->  counts (..., N) and order (..., N): counts[j] is for draw
+    order[j]. Each pool is sorted, so that equal draws are neighbours: N log N steps, where comparing all pairs takes N^2.
+    """
+    size, n_ids, ids = int(pool.max()) + 1, 1, torch.zeros_like(pool[..., 0])
+    for token in pool.unbind(-1):  # a chunk becomes one number, its tokens being the digits ...
+        if n_ids * size >= 2**63:  # ... which are made smaller where they would overflow
+            values, ids = ids.unique(return_inverse=True)
+            n_ids = len(values)
+        ids, n_ids = ids * size + token, n_ids * size
+    ids, order = ids.sort(-1)
+    new = torch.ones_like(ids)
+    new[..., 1:] = ids[..., 1:] != ids[..., :-1]  # the first of its kind
+    kind = new.cumsum(-1) - 1
+    counts = torch.zeros_like(ids).scatter_add(-1, kind, torch.ones_like(ids))
+    return counts.gather(-1, kind), order
 
 
 def temperature_sample_batch(pool, temperature, generator=None):
     """
-    Choose from N draws as if from P(x)^(1/T) / Z, T = 1/n.               (paper, section 5.2: the batch approximation)
+    Choose from N draws as if from P(x)^(1/T) / Z, any 0 < T <= 1.          (paper, section 5.2: the batch approximation)
 
     pool (..., N, K) int: N independent draws of a chunk  ->  the chosen chunk (..., K); each leading index is its own pool.
 
-    A value that was drawn c times fills C(c, n) of the C(N, n) ways to pick n draws, so C(c, n) is its weight: it is as if n
-    draws were made until they agree, in all ways at once. Where no value was drawn n times, n is lowered to the largest
-    count there is. Biased for a finite N (by this fallback, and as a ratio of estimates), exact as N goes to infinity.
-    Released code: the sampling loop of `generate` in modeling_calm.py, one Counter a row.
+    For T = 1/n, a value that was drawn c times fills C(c, n) of the C(N, n) ways to pick n draws, so that is its weight: it
+    is as if the exact method had made one attempt on the pool in every order. That holds for any 1/T = s, with
+    C(c, s) = Gamma(c+1) / (Gamma(s+1) Gamma(c-s+1)) for c >= floor(s), else 0: by the Chu-Vandermonde identity the factory
+    accepts C(c, s) / C(c, n) of the orders. Where no value was drawn floor(s) times, s is lowered to the largest count
+    (the paper: n-1, n-2, ...).
+    Biased for a finite N, by that fallback and because a ratio of unbiased weights is biased; exact as N goes to infinity.
+    Released code: the sampling loop of `generate` in modeling_calm.py, one Counter a row, T = 1/n alone.
     """
-    n = inverse_temperature(temperature)
-    same = (pool.unsqueeze(-2) == pool.unsqueeze(-3)).all(-1)  # (..., N, N): draw i equals draw j
-    counts = same.sum(-1)  # (..., N): how often the value of draw i was drawn
-    n = counts.amax(-1, keepdim=True).clamp_max(n)  # (..., 1), after the fallback
-    # The value of draw i stands in the pool c times, so each copy gets C(c, n) / c. In logarithms: C(200, 100) ~ 1e59.
-    c = counts.double()
-    log_weights = torch.lgamma(c + 1) - torch.lgamma(n + 1.0) - torch.lgamma((c - n).clamp_min(0) + 1) - c.log()
-    weights = log_weights.masked_fill(counts < n, -torch.inf).softmax(-1)
-    choice = weights.view(-1, weights.shape[-1]).multinomial(1, generator=generator).view(*weights.shape[:-1], 1, 1)
-    return pool.take_along_dim(choice, dim=-2).squeeze(-2)
+    n, a = inverse_temperature(temperature)
+    counts, order = count_equal(pool)
+    most = counts.amax(-1, keepdim=True)
+    whole = most.clamp_max(n)  # floor(s), after the fallback
+    s = torch.where(most < n, most, n + a).double()
+    c = counts.double()  # the value stands in the pool c times, so each copy gets C(c, s) / c; in logarithms: C(200, 100) ~ 1e59
+    log_weights = torch.lgamma(c + 1) - torch.lgamma((c - s).clamp_min(-a) + 1) - c.log()
+    weights = log_weights.masked_fill(counts < whole, -torch.inf).softmax(-1)
+    choice = weights.view(-1, weights.shape[-1]).multinomial(1, generator=generator).view(*weights.shape[:-1], 1)
+    return pool.take_along_dim(order.gather(-1, choice).unsqueeze(-1), dim=-2).squeeze(-2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,34 +140,36 @@ def temperature_sample_batch(pool, temperature, generator=None):
 
 def draws_that_begin_with(model, hidden, beginning, n, max_draws, generator=None):
     """
-    Up to n draws of the next chunk whose first tokens are given: hidden (d,), beginning (r,), r < K  ->  (m, K), 1 <= m <= n.
+    n draws of the next chunk whose first tokens are given: hidden (d,), beginning (r,), 0 <= r < K  ->  (n, K).
 
     Drawing whole chunks and keeping those that begin with the r given tokens is *exact* conditioning without likelihoods:
     what is kept is distributed as P(chunk | its first r tokens, history), by the definition of conditional probability. It
-    costs 1 / P(first r tokens) draws for each one kept. If none of `max_draws` draws agrees, those that agree longest are
-    kept and the given tokens are written over their beginnings: that is no longer exact, so a warning is issued.
+    costs n / P(first r tokens) draws. If none of `max_draws` draws agrees, those that agree longest are taken and the given
+    tokens are written over their beginnings: that is no longer exact, so a warning is issued.
     """
     r = len(beginning)
     kept, n_drawn, longest = [], 0, 0  # `longest`: tokens that the draws in `kept` share with the beginning
-    while n_drawn < max_draws and (longest < r or sum(map(len, kept)) < n):
-        draws = model.draw_chunks(hidden, min(1000, max_draws - n_drawn), generator)  # (draws, K)
+    while sum(map(len, kept)) < n if longest == r else n_drawn < max_draws:
+        draws = model.draw_chunks(hidden, 1000 if r else n, generator=generator)
         n_drawn += len(draws)
         agreed = (draws[:, :r] == beginning).long().cumprod(-1).sum(-1)  # tokens, from the first to the last that agrees
         if agreed.max() > longest:
             kept, longest = [], int(agreed.max())
         kept.append(draws[agreed == longest])
-    kept = torch.cat(kept)[:n]
+    kept = torch.cat(kept)
     if longest < r:
         warnings.warn(f"none of {n_drawn} draws began with the last {r} tokens of the prompt: {longest} agreed, the others are forced.")
-        kept = torch.cat([beginning.expand(len(kept), r), kept[:, r:]], dim=1)
-    return kept
+        kept = torch.cat([beginning.expand(len(kept), r), kept[:, r:]], dim=1).repeat(math.ceil(n / len(kept)), 1)
+    return kept[:n]
 
 
 @torch.no_grad()
-def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None, lead=None, max_draws=20_000):
+def generate(model, prompt, n_tokens, temperature=1.0, method="batch", pool=200, generator=None, lead=None,
+             max_draws=20_000, draws_used=None):  # fmt: skip
     """
-    Continue each prompt by n_tokens tokens: prompt (B, T) int, T >= 1  ->  (B, T + n_tokens) int. At temperature 1 a step
-    draws one chunk; below, `pool` chunks, of which `temperature_sample_batch` chooses one.
+    Continue each prompt by n_tokens tokens: prompt (B, T) int, T >= 1  ->  (B, T + n_tokens) int. At temperature 1 a step is
+    one draw. Below, the method is "batch" (choose from `pool` draws) or "exact" (draw until the factory accepts, raising
+    InputError after 1 000 · max_draws). The list `draws_used`, if given, gets the number of draws of each chunk.
 
     - A prompt's last T mod K tokens fill no chunk: they are the beginning of the first chunk to be generated, which
       `draws_that_begin_with` draws. So nothing is padded inside the text, where training has never shown padding.
@@ -107,7 +182,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None,
     B, T = prompt.shape
     if T < 1:
         raise ValueError("generate needs a prompt of at least one token")
-    n = 1 if inverse_temperature(temperature) == 1 else pool
+    n = 1 if inverse_temperature(temperature) == (1, 0.0) else pool
     longest = model.config.context // K - 1  # chunks of history
     in_front = max(0, K - T)
     first = prompt[:, :1] if lead is None else torch.full_like(prompt[:, :1], lead)
@@ -117,13 +192,22 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None,
     cache = KVCache()
     hidden = model.hidden_states(text[:, -longest * K :], cache)[:, -1]  # (B, d): predicts the next chunk
     while text.shape[1] < prompt.shape[1] + n_tokens:
-        if left_over.shape[1]:  # only before the first chunk
-            pools = [draws_that_begin_with(model, h, given, n, max_draws, generator) for h, given in zip(hidden, left_over)]
-            chunk = torch.stack([temperature_sample_batch(p, temperature, generator) for p in pools])
-            left_over = left_over[:, :0]
+        used = [n] * B
+        if left_over.shape[1] or (method == "exact" and n > 1):  # one sequence at a time: each needs its own number of draws
+            rows = []
+            for b in range(B):
+                draw = functools.partial(draws_that_begin_with, model, hidden[b], left_over[b], max_draws=max_draws, generator=generator)
+                if method == "exact" and n > 1:
+                    row, used[b] = temperature_sample_exact(draw, temperature, 1000 * max_draws, with_draws=True, generator=generator)
+                else:
+                    row = temperature_sample_batch(draw(n), temperature, generator)
+                rows.append(row)
+            chunk, left_over = torch.stack(rows), left_over[:, :0]  # tokens are left over only before the first chunk
         else:
-            draws = model.draw_chunks(hidden, n, generator)  # (n, B, K)
+            draws = model.draw_chunks(hidden, n, generator=generator)  # (n, B, K)
             chunk = temperature_sample_batch(draws.transpose(0, 1), temperature, generator)
+        if draws_used is not None:
+            draws_used.extend(used)
         text = torch.cat([text, chunk], dim=1)
         if cache.length == longest:
             cache, chunk = KVCache(), text[:, -max(1, longest // 2) * K :]
@@ -246,13 +330,13 @@ def load_calm(out_dir):
 # The command
 
 
-def write_text(model, encoding, prompt, n_tokens, temperature, pool=200, generator=None):
+def write_text(model, encoding, prompt, n_tokens, temperature, method="batch", pool=200, generator=None, draws_used=None):
     """`prompt` (a string) and its continuation, up to the end of the document if the model ends it, as a string."""
     newline = encoding.encode_ordinary("\n")[0]  # a prompt shorter than one chunk begins on an empty page
     ids = encoding.encode_ordinary(prompt) or [newline]
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
-    out = generate(model, tokens, n_tokens, temperature, pool, generator, lead=newline)[0, len(ids) :]
-    known = [token for token in out.tolist() if token < encoding.n_vocab]  # a vocabulary may be padded with unused numbers
+    out = generate(model, tokens, n_tokens, temperature, method, pool, generator, lead=newline, draws_used=draws_used)
+    known = [token for token in out[0, len(ids) :].tolist() if token < encoding.n_vocab]  # a vocabulary may be padded with unused numbers
     return prompt + encoding.decode(known).split(end_of_text(encoding))[0]
 
 
@@ -285,7 +369,9 @@ def main():
     parser.add_argument("--prompt", default="\n", help="the text to continue, or FILE:path (default: an empty line)")
     parser.add_argument("--n_tokens", type=int, default=500, help="tokens to write (default: 500)")
     parser.add_argument("--n_samples", type=int, default=1, help="texts to write (default: 1)")
-    parser.add_argument("--temperature", type=float, default=0.5, help="1, 1/2, 1/3, … (default: 0.5)")
+    parser.add_argument("--temperature", type=float, default=0.5, help="above 0, at most 1 (default: 0.5)")
+    parser.add_argument("--method", choices=("batch", "exact"), default="batch",
+                        help="choose from a pool of draws, or draw until a Bernoulli factory accepts (default: batch)")  # fmt: skip
     parser.add_argument("--pool", type=int, default=200, help="draws to choose a chunk from when T < 1 (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="another seed writes another text (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
@@ -308,9 +394,13 @@ def main():
     if n_prompt > longest:
         warnings.warn(f"the prompt has {n_prompt} tokens and the model sees {longest}: its end is what counts.")
     generator = torch.Generator(device).manual_seed(args.seed)
+    draws_used = []
+    how = (args.n_tokens, args.temperature, args.method, args.pool, generator, draws_used)
     for i in range(args.n_samples):
-        text = write_text(model.to(device), encoding, prompt, args.n_tokens, args.temperature, args.pool, generator)
+        text = write_text(model.to(device), encoding, prompt, *how)
         print("\n" + "-" * 80 + "\n" if i else "", text, sep="")
+    if args.temperature < 1:
+        print(f"{sum(draws_used) / len(draws_used):,.1f} draws a chunk, at most {max(draws_used):,}", file=sys.stderr)
 
 
 if __name__ == "__main__":

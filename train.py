@@ -412,7 +412,7 @@ def evaluate(model, sequences, batch_size):
         metrics |= {"val_loss": loss.item(), "confidence": confidence.item()}
         totals.update({name: value * len(batch) / len(sequences) for name, value in metrics.items()})
     generator = torch.Generator(device).manual_seed(0)
-    return {**totals, **evaluate_brier(model, sequences.flatten(), sequences.shape[1], batch_size, generator)}
+    return {**totals, **evaluate_brier(model, sequences.flatten(), sequences.shape[1], batch_size, generator=generator)}
 
 
 def describe_brier(brier):

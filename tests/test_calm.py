@@ -5,7 +5,7 @@ import torch
 from conftest import SEEDS, tiny_calm
 
 from autoencoder import Autoencoder, AutoencoderConfig, InputError
-from calm import CALM, CALMConfig, KVCache, brier_lm, brier_score, draw_continuations, evaluate_brier, rotate, rotation
+from calm import CALM, CALMConfig, KVCache, brier_lm, brier_score, brier_score_pairs, draw_continuations, evaluate_brier, rotate, rotation
 from sample import generate
 
 # The backbone and the cache
@@ -124,6 +124,28 @@ def test_the_two_sample_estimate_is_unbiased(K):
             of_prefix[tuple(chunk[:n])] = of_prefix.get(tuple(chunk[:n]), 0.0) + p
         exact = 2 * of_prefix[tuple(y[:n].tolist())] - sum(p * p for p in of_prefix.values())
         assert mean[n - 1].item() == pytest.approx(exact)
+
+
+def test_the_estimate_from_all_pairs_is_unbiased():
+    """By enumeration of all triples of samples over four chunks, each with its probability."""
+    chunks = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+    P = torch.tensor([0.5, 0.2, 0.2, 0.1]).double()
+    y = chunks[1]
+    mean = torch.zeros(2).double()
+    for triple in itertools.product(range(4), repeat=3):
+        mean += P[list(triple)].prod() * brier_score_pairs(chunks[list(triple)], y)
+    assert mean.tolist() == pytest.approx([2 * 0.7 - (0.7**2 + 0.3**2), 2 * 0.2 - (0.25 + 0.04 + 0.04 + 0.01)])
+    pair = chunks[torch.randint(4, (2, 50))]
+    assert torch.equal(brier_score_pairs(pair, y.expand(50, 2)), brier_score(pair[0], pair[1], y.expand(50, 2)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_more_samples_make_the_estimate_less_noisy(seed):
+    """H0: its variance at n = 8 is below a third of that at n = 2. 5 000 estimates each; the ratio is near 0.18 here."""
+    torch.manual_seed(seed)
+    P = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    variance = {n: brier_score_pairs(P.multinomial(n * 5000, True).view(n, 5000, 1), torch.zeros(5000, 1)).var().item() for n in (2, 8)}
+    assert variance[8] < variance[2] / 3
 
 
 def test_brier_score_of_single_cases():

@@ -11,9 +11,105 @@ from conftest import SEEDS, chi_square_p, tiny_calm
 
 import sample
 from autoencoder import InputError
-from sample import generate, temperature_sample_batch
+from sample import count_equal, generate, temperature_sample_batch, temperature_sample_exact
 
 # Temperature
+
+
+# 2 to 50 outcomes, one with an outcome of probability zero, one nearly deterministic.
+DISTRIBUTIONS = {
+    "two": [0.7, 0.3],
+    "one is impossible": [0.5, 0.0, 0.3, 0.2],
+    "nearly certain": [0.985, 0.01, 0.005],
+    "fifty": [1 / (i + 1) ** 2 for i in range(50)],
+}
+TEMPERATURES = [1, 0.9, 0.75, 2 / 3, 0.5, 0.4, 1 / 3, 0.23]
+
+
+def exact_samples(P, temperature, n, seed):
+    """n answers of temperature_sample_exact for the distribution P: the counts of the outcomes, and the draws of each (n,)."""
+    torch.manual_seed(seed)
+    place, stream = 0, torch.empty(0, 1, dtype=torch.long)
+
+    def draw(m):  # from a long stream of independent draws, which is faster than drawing a few at a time
+        nonlocal place, stream
+        if place + m > len(stream):
+            place, stream = 0, P.multinomial(2**20, replacement=True).unsqueeze(-1)
+        place += m
+        return stream[place - m : place]
+
+    answers, used = zip(*(temperature_sample_exact(draw, temperature, block=24, with_draws=True) for _ in range(n)))
+    return torch.stack(answers).flatten().bincount(minlength=len(P)), torch.tensor(used).double()
+
+
+def exact_cases():
+    """
+    Each temperature with each distribution: 5 000 answers, and the seeds go round. With CALM_ALL_SEEDS=1 in the environment,
+    20 000 answers on each of the ten seeds, which takes 20 minutes.
+    """
+    cases = list(itertools.product(DISTRIBUTIONS, TEMPERATURES))
+    if os.environ.get("CALM_ALL_SEEDS"):
+        return [(*case, seed, 20_000) for case in cases for seed in SEEDS]
+    return [(*case, i % len(SEEDS), 5_000) for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize("name, temperature, seed, answers", exact_cases())
+def test_exact_sampler_against_the_distribution_and_the_expected_draws(name, temperature, seed, answers):
+    """
+    H0: the answers have the distribution P^(1/T) / Z, and the mean number of draws is (n + sum P^(1/T-1)) / sum P^(1/T), or
+    n / sum P^n for 1/T = n. Chi-square, p > 1e-4; draws within 3.9 standard errors, p > 1e-4 as well.
+    """
+    P = torch.tensor(DISTRIBUTIONS[name]).double()
+    P /= P.sum()
+    counts, used = exact_samples(P, temperature, answers, seed)
+    sharpened = P ** (1 / temperature)
+    assert chi_square_p(counts, answers * sharpened / sharpened.sum()) > 1e-4
+    n = math.floor(1 / temperature + 1e-9)
+    factory = 0 if abs(1 / temperature - n) < 1e-9 else (P[P > 0] ** (1 / temperature - 1)).sum()
+    expected = (n + factory) / sharpened.sum()
+    assert abs(used.mean() - expected) <= 3.9 * used.std() / math.sqrt(len(used)) + 1e-9
+
+
+def test_a_factory_with_a_in_place_of_a_over_i_is_caught(monkeypatch):
+    """The tempting mistake, and the same chi-square test with the same 20 000 answers: it must say no."""
+
+    def wrong_factory(draw, x, a, block, max_trials, generator=None):
+        trials = 0
+        while True:
+            trials += 1
+            if (draw(1)[0] == x).all():
+                return True, trials
+            if torch.rand(()) < a:
+                return False, trials
+
+    monkeypatch.setattr(sample, "bernoulli_factory", wrong_factory)
+    P = torch.tensor(DISTRIBUTIONS["two"]).double()
+    counts, _ = exact_samples(P, 0.75, 20_000, seed=0)
+    sharpened = P ** (1 / 0.75)
+    assert chi_square_p(counts, 20_000 * sharpened / sharpened.sum()) < 1e-4
+
+
+def test_blocks_do_not_change_the_answer_or_the_count():
+    """The draws are read in order: with draws from the same stream, every block size must end in the same attempt."""
+    P = torch.tensor([0.5, 0.3, 0.2])
+    for seed in range(200):
+        stream = P.multinomial(4000, replacement=True, generator=torch.Generator().manual_seed(seed)).unsqueeze(-1)
+        results = set()
+        for block in (3, 6, 48, 300):
+            place = iter(range(0, 4000, 3 * max(1, block // 3)))
+            chunk, used = temperature_sample_exact(
+                lambda m: stream[(start := next(place)) : start + m], 1 / 3, block=block, with_draws=True
+            )
+            results.add((chunk.item(), used))
+        assert len(results) == 1
+
+
+def test_too_many_draws_end_in_a_sentence():
+    draws = itertools.count()
+    with pytest.raises(InputError, match="500 draws"):  # no two draws are equal
+        temperature_sample_exact(lambda m: torch.tensor([[next(draws)] for _ in range(m)]), 0.5, max_draws=500)
+    with pytest.raises(InputError, match="temperature"):
+        temperature_sample_exact(lambda m: torch.zeros(m, 4), 0.0)
 
 
 def exact_choice(pool, n):
@@ -44,6 +140,34 @@ def test_batch_sampler_against_enumeration(n, seed):
         assert chi_square_p(torch.bincount(ids, minlength=6), expected) > 1e-4
 
 
+def accepted_orders(pool, value, n, a):
+    """How likely does the exact method accept a value in one attempt on the pool in random order? By enumeration of orders."""
+    total = 0.0
+    for order in itertools.permutations(pool):
+        if any(draw != value for draw in order[:n]):
+            continue
+        chance, i = 1.0, 0
+        for draw in order[n:]:
+            if draw == value:
+                break
+            i += 1
+            chance *= 1 - a / i  # it has not given up
+        total += chance
+    return total / math.factorial(len(pool))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("temperature", [0.9, 0.75, 0.4])
+def test_batch_sampler_between_whole_numbers(temperature, seed):
+    """H0: the choice has weights equal to the exact method's chances on the pool in every order. 4 000 choices, p > 1e-4."""
+    torch.manual_seed(seed)
+    n = math.floor(1 / temperature)
+    for pool in ([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 1, 1]):
+        chances = torch.tensor([accepted_orders(pool, value, n, 1 / temperature - n) for value in range(3)])
+        chosen = temperature_sample_batch(torch.tensor(pool).view(1, 6, 1).expand(4000, -1, -1), temperature).flatten()
+        assert chi_square_p(torch.bincount(chosen, minlength=3), 4000 * chances / chances.sum()) > 1e-4
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_batch_sampler_over_all_pools_of_a_distribution(seed):
     """
@@ -67,6 +191,16 @@ def test_batch_sampler_keeps_pools_apart():
     assert torch.equal(temperature_sample_batch(pools, 0.5), pools[:, :, 0])
 
 
+def test_counting_is_comparing_all_pairs():
+    """Also where a chunk's tokens, read as digits of one number, would overflow 64 bits."""
+    for high, K in ((3, 4), (200_000, 4), (2**31, 8)):
+        pool = torch.randint(0, 3, (5, 40, K)) * (high // 3)
+        counts, order = count_equal(pool)
+        slow = (pool.unsqueeze(-2) == pool.unsqueeze(-3)).all(-1).sum(-1)
+        assert torch.equal(counts, slow.gather(-1, order))
+        assert torch.equal(order.sort(-1).values, torch.arange(40).expand(5, -1))
+
+
 def test_large_counts_do_not_overflow():
     """C(1 500, 50) is beyond float32, and C(1 500, 750) beyond float64."""
     pool = torch.tensor([0] * 1500 + [1] * 500).view(-1, 1)
@@ -74,8 +208,8 @@ def test_large_counts_do_not_overflow():
         assert all(temperature_sample_batch(pool, 1 / n).item() == 0 for _ in range(5))
 
 
-@pytest.mark.parametrize("temperature", [0.0, -0.5, 1.01, 2.0, float("nan"), 0.7, 0.4])
-def test_temperatures_that_the_batch_method_cannot_do_are_refused(temperature):
+@pytest.mark.parametrize("temperature", [0.0, -0.5, 1.01, 2.0, float("nan")])
+def test_temperatures_outside_their_range_are_refused(temperature):
     with pytest.raises(InputError, match="temperature"):
         temperature_sample_batch(torch.zeros(5, 4), temperature)
 
@@ -93,6 +227,16 @@ def test_prompts_and_texts_of_any_length(K, T):
         out = generate(model, prompt, n_tokens, max_draws=500)
         assert out.shape == (2, T + n_tokens)
         assert torch.equal(out[:, :T], prompt)
+
+
+@pytest.mark.parametrize("method", ["batch", "exact"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.5])
+def test_generation_by_both_methods_reports_its_draws(temperature, method):
+    model, prompt, used = tiny_calm(noisy=False), torch.randint(13, (2, 8)), []
+    out = generate(model, prompt, 8, temperature, method, pool=50, draws_used=used)
+    assert torch.equal(out, generate(model, prompt, 8))  # without noise there is one answer
+    # All draws agree: an attempt of n draws, and one trial of the factory if 1/T is no whole number.
+    assert used == [{1.0: 1, 0.7: 2, 0.5: 2}[temperature] if method == "exact" or temperature == 1 else 50] * 4
 
 
 @pytest.mark.parametrize("K", [1, 2, 4])
@@ -241,7 +385,7 @@ def test_a_checkpoint_that_would_run_code_is_not_opened(command, tmp_path):
     assert "calm.pt" in command(sample.main, "--out_dir", tmp_path)
 
 
-@pytest.mark.parametrize("temperature", [0, 1.5, -1, 0.7, "nan"])
+@pytest.mark.parametrize("temperature", [0, 1.5, -1, "nan"])
 def test_wrong_temperatures_at_the_command(command, temperature, tmp_path):
     assert "temperature" in command(sample.main, "--out_dir", tmp_path, "--temperature", temperature)
 

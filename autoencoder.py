@@ -289,9 +289,9 @@ def read_safetensors(path):
         begin, end = entry["data_offsets"]
         if entry["dtype"] not in types or not 0 <= begin <= end <= size - start:
             raise ValueError(f"{name} is of an unknown type or lies outside the file")
-        part = data[start + begin : start + end]
-        aligned = part if part.data_ptr() % 8 == 0 else part.clone()
-        tensors[name] = aligned.view(types[entry["dtype"]]).view(entry["shape"])
+        part, dtype = data[start + begin : start + end], types[entry["dtype"]]
+        part = part if part.data_ptr() % dtype.itemsize == 0 else part.clone()  # numbers may only begin at such places
+        tensors[name] = part.view(dtype).view(entry["shape"])
     return tensors
 
 

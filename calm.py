@@ -367,12 +367,14 @@ def draw_continuations(model, tokens, n, generator=None):
     positions at once: the text is the stem of a tree, and the continuation of chunk i a branch that sees the stem up to i
     and itself. So the j-th chunks of all branches are one pass, in which branch i stands at position i + j.
     """
-    B, K, cache = len(tokens), model.config.chunk_size, KVCache()
+    B, K = len(tokens), model.config.chunk_size
     n_chunks = math.ceil(4 / K)
+    cache = KVCache() if n_chunks > 1 else None
     hidden = model.hidden_states(tokens, cache)  # the stem
     positions = hidden.shape[1] - n_chunks
     path = [model.draw_chunks(hidden[:, :positions], n, generator=generator)]  # (n, B, positions, K): the next chunk
-    cache.repeat(n)
+    if cache is not None:
+        cache.repeat(n)
     branch = torch.arange(positions, device=tokens.device)
     visible = torch.ones(positions, hidden.shape[1], dtype=torch.bool, device=tokens.device).tril()
     for j in range(1, n_chunks):
@@ -391,8 +393,9 @@ def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4, generator
     an independent reproduction another length of context changed it by 30 %.
 
     tokens (T,) int are cut into sequences of `context` tokens (a multiple of K; a rest is left out), and each chunk is
-    predicted from the sequence before it, `n_samples` times. Returns {"brier": [4], "brier_se": [4], "brier_lm", "brier_lm_se", "context",
-    "positions"}; Brier-n are at most 1, BrierLM at most 100. Raises InputError for a text shorter than one context.
+    predicted from the sequence before it, `n_samples` times. Returns {"brier": [4], "brier_se": [4], "brier_lm",
+    "brier_lm_se", "context", "positions"}; Brier-n are at most 1, BrierLM at most 100, and standard errors NaN for a single
+    sequence. Raises InputError for a text shorter than one context.
     """
     K = model.config.chunk_size
     if context % K or context < K + 4:
@@ -410,8 +413,9 @@ def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4, generator
     draws = torch.randint(len(scores), (1000, len(scores)), generator=torch.Generator().manual_seed(0))
     resampled = torch.stack([scores[i].mean(0) for i in draws])
     resampled_lm = torch.tensor([brier_lm(b) for b in resampled])
+    known = 1.0 if len(scores) > 1 else math.nan  # one sequence says nothing of how much sequences differ
     return {
-        "brier": scores.mean(0).tolist(), "brier_se": resampled.std(0).tolist(),
-        "brier_lm": brier_lm(scores.mean(0)), "brier_lm_se": resampled_lm.std().item(),
+        "brier": scores.mean(0).tolist(), "brier_se": (known * resampled.std(0)).tolist(),
+        "brier_lm": brier_lm(scores.mean(0)), "brier_lm_se": known * resampled_lm.std().item(),
         "context": context, "positions": len(scores) * truth.shape[1],
     }  # fmt: skip

@@ -11,6 +11,7 @@ Letters: those of autoencoder.py (B, T, K, d, ...), N draws in a pool; in formul
 import argparse
 import base64
 import functools
+import itertools
 import math
 import os
 import pickle
@@ -51,42 +52,38 @@ def temperature_sample_exact(draw, temperature, max_draws=1_000_000, block=256, 
     which is the expected number of trials, each of which accepts with probability P(x). So an attempt accepts x with
     probability P(x)^(n+a), takes n + sum_x P(x)^(n+a-1) draws on average (just n if a = 0), and in all one needs
         (n + sum_x P(x)^(1/T - 1)) / sum_x P(x)^(1/T)   draws.
-    The draws are asked for in blocks, to keep a GPU busy, and read in order. What is left of a block when the answer is
-    found is thrown away unread, and no draw is read twice: either would make attempts depend on each other.
+    The draws are made in blocks, to keep a GPU busy, but read one after the other, each once: to throw a draw away because of
+    what it is, or to read it in two attempts, would make the attempts depend on each other.
     """
     n, a = inverse_temperature(temperature)
-    used = 0
-    while used < max_draws:
-        attempts = draw(n * max(1, block // n)).unflatten(0, (-1, n))  # (attempts, n, K)
-        agreed = (attempts == attempts[:, :1]).all(-1).all(-1)
-        before = 0  # attempts read so far
-        for attempt in agreed.nonzero().flatten().tolist():
-            used, before = used + n * (attempt + 1 - before), attempt + 1
-            x = attempts[attempt, 0]
-            accepted, trials = bernoulli_factory(draw, x, a, block, max_draws - used, generator) if a else (True, 0)
-            used += trials
-            if accepted and used <= max_draws:
-                return (x, used) if with_draws else x
-        used += n * (len(attempts) - before)
-    raise InputError(
-        f"no chunk was accepted in {max_draws} draws at temperature {temperature:g}: the model is too uncertain here. "
-        "Take a higher temperature, or the batch method."
-    )
+    used, like = 0, None
+
+    def read():
+        nonlocal used, like
+        while True:
+            like = draw(block)
+            for row in like.tolist():
+                if used == max_draws:
+                    raise InputError(f"no chunk was accepted in {max_draws:,} draws at temperature {temperature:g}: take a higher "
+                                     "temperature, or the batch method.")  # fmt: skip
+                used += 1
+                yield row
+
+    draws = read()
+    while True:
+        x, *others = itertools.islice(draws, n)
+        if all(other == x for other in others) and (a == 0 or bernoulli_factory(draws, x, a, generator)):
+            return (like.new_tensor(x), used) if with_draws else like.new_tensor(x)
 
 
-def bernoulli_factory(draw, x, a, block, max_trials, generator=None):
-    """Accepts the value x (K,) with probability P(x)^a, 0 < a < 1  ->  accepted, trials used. See `temperature_sample_exact`."""
-    trials = 0
-    while trials < max_trials:
-        hit = (draw(block) == x).all(-1)  # (block,)
-        i = torch.arange(trials + 1, trials + block + 1, device=hit.device)
-        gives_up = torch.rand(block, device=hit.device, generator=generator) < a / i
-        ends = (hit | gives_up).nonzero()
-        if len(ends):
-            first = int(ends[0])
-            return bool(hit[first]), trials + first + 1
-        trials += block
-    return False, trials
+def bernoulli_factory(draws, x, a, generator=None):
+    """True with probability P(x)^a, 0 < a < 1, from an iterator over draws: see `temperature_sample_exact`."""
+    device = generator.device if generator else "cpu"
+    for i in itertools.count(1):
+        if next(draws) == x:
+            return True
+        if torch.rand((), generator=generator, device=device).item() < a / i:
+            return False
 
 
 def count_equal(pool):

@@ -90,8 +90,8 @@ def test_the_frozen_copy_is_the_autoencoder_and_another_may_be_given(golden):
 # Layouts
 
 
-def write_safetensors(path, tensors):
-    """The format by its description: the header's length in 8 bytes, the header as JSON, the tensors' bytes."""
+def write_safetensors(path, tensors, aligned=True):
+    """The format by its description: the header's length in 8 bytes, the header as JSON (and spaces), the tensors' bytes."""
     header, data = {"__metadata__": {"format": "pt"}}, b""
     names = {torch.float32: "F32", torch.bfloat16: "BF16"}
     for name, tensor in tensors.items():
@@ -99,6 +99,7 @@ def write_safetensors(path, tensors):
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 + (not aligned))
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
@@ -130,6 +131,13 @@ def test_every_layout_holds_the_same_model(layout, tmp_path):
     for name, read in (("k2/autoencoder", Autoencoder.from_pretrained), ("k2/calm", CALM.from_pretrained)):
         folder = write_released(tmp_path / name[3:], *read_golden(name), layout)
         assert same_weights(read(folder), read(os.path.join(GOLDEN, name)))
+
+
+def test_safetensors_that_are_not_aligned(tmp_path):
+    weights, config = read_golden("k2/calm")
+    folder = write_released(tmp_path / "calm", weights, config, "safetensors")
+    write_safetensors(folder / "model.safetensors", weights, aligned=False)
+    assert same_weights(CALM.from_pretrained(folder), CALM.from_pretrained(os.path.join(GOLDEN, "k2", "calm")))
 
 
 def as_released(model):

@@ -45,7 +45,7 @@ def exact_samples(P, temperature, n, seed):
 def exact_cases():
     """
     Each temperature with each distribution: 5 000 answers, and the seeds go round. With CALM_ALL_SEEDS=1 in the environment,
-    20 000 answers on each of the ten seeds, which takes 20 minutes.
+    20 000 answers on each of the ten seeds, which takes 10 minutes.
     """
     cases = list(itertools.product(DISTRIBUTIONS, TEMPERATURES))
     if os.environ.get("CALM_ALL_SEEDS"):
@@ -73,14 +73,12 @@ def test_exact_sampler_against_the_distribution_and_the_expected_draws(name, tem
 def test_a_factory_with_a_in_place_of_a_over_i_is_caught(monkeypatch):
     """The tempting mistake, and the same chi-square test with the same 20 000 answers: it must say no."""
 
-    def wrong_factory(draw, x, a, block, max_trials, generator=None):
-        trials = 0
-        while True:
-            trials += 1
-            if (draw(1)[0] == x).all():
-                return True, trials
+    def wrong_factory(draws, x, a, generator=None):
+        for draw in draws:
+            if draw == x:
+                return True
             if torch.rand(()) < a:
-                return False, trials
+                return False
 
     monkeypatch.setattr(sample, "bernoulli_factory", wrong_factory)
     P = torch.tensor(DISTRIBUTIONS["two"]).double()
@@ -95,8 +93,8 @@ def test_blocks_do_not_change_the_answer_or_the_count():
     for seed in range(200):
         stream = P.multinomial(4000, replacement=True, generator=torch.Generator().manual_seed(seed)).unsqueeze(-1)
         results = set()
-        for block in (3, 6, 48, 300):
-            place = iter(range(0, 4000, 3 * max(1, block // 3)))
+        for block in (1, 3, 50, 300):
+            place = iter(range(0, 4000, block))
             chunk, used = temperature_sample_exact(
                 lambda m: stream[(start := next(place)) : start + m], 1 / 3, block=block, with_draws=True
             )

@@ -87,22 +87,17 @@ def bernoulli_factory(draws, x, a, generator=None):
 
 
 def count_equal(pool):
-    """
-    How often is each draw's value in its pool?  (..., N, K) int  ->  counts (..., N) and order (..., N): counts[j] is for draw
-    order[j]. Each pool is sorted, so that equal draws are neighbours: N log N steps, where comparing all pairs takes N^2.
-    """
-    size, n_ids, ids = int(pool.max()) + 1, 1, torch.zeros_like(pool[..., 0])
-    for token in pool.unbind(-1):  # a chunk becomes one number, its tokens being the digits ...
-        if n_ids * size >= 2**63:  # ... which are made smaller where they would overflow
+    """How often is each draw's value in its pool?  (..., N, K) int -> (..., N). It sorts, where comparing all pairs takes N^2."""
+    pools = pool.shape[:-2].numel()
+    ids = torch.arange(pools, device=pool.device).view(*pool.shape[:-2], 1)
+    size, n_ids = int(pool.max()) + 1, pools
+    for token in pool.unbind(-1):  # a pool and a chunk become one number, of which they are the digits ...
+        if n_ids * size >= 2**63:  # ... made smaller where they would overflow
             values, ids = ids.unique(return_inverse=True)
             n_ids = len(values)
         ids, n_ids = ids * size + token, n_ids * size
-    ids, order = ids.sort(-1)
-    new = torch.ones_like(ids)
-    new[..., 1:] = ids[..., 1:] != ids[..., :-1]  # the first of its kind
-    kind = new.cumsum(-1) - 1
-    counts = torch.zeros_like(ids).scatter_add(-1, kind, torch.ones_like(ids))
-    return counts.gather(-1, kind), order
+    _, ids, counts = ids.unique(return_inverse=True, return_counts=True)
+    return counts[ids]
 
 
 def temperature_sample_batch(pool, temperature, generator=None):
@@ -120,15 +115,17 @@ def temperature_sample_batch(pool, temperature, generator=None):
     Released code: the sampling loop of `generate` in modeling_calm.py, one Counter a row, T = 1/n alone.
     """
     n, a = inverse_temperature(temperature)
-    counts, order = count_equal(pool)
+    counts = count_equal(pool)
+    # For each count c up to N: a value stands in the pool c times, so each copy gets C(c, s) / c. In logarithms: C(200, 100) ~ 1e59.
+    c = torch.arange(pool.shape[-2] + 1, device=pool.device, dtype=torch.float64)
+    log_weight = torch.lgamma(c + 1) - torch.lgamma((c - n - a).clamp_min(-a) + 1) - c.log()
+    log_weight[:n] = -torch.inf
     most = counts.amax(-1, keepdim=True)
-    whole = most.clamp_max(n)  # floor(s), after the fallback
-    s = torch.where(most < n, most, n + a).double()
-    c = counts.double()  # the value stands in the pool c times, so each copy gets C(c, s) / c; in logarithms: C(200, 100) ~ 1e59
-    log_weights = torch.lgamma(c + 1) - torch.lgamma((c - s).clamp_min(-a) + 1) - c.log()
-    weights = log_weights.masked_fill(counts < whole, -torch.inf).softmax(-1)
-    choice = weights.view(-1, weights.shape[-1]).multinomial(1, generator=generator).view(*weights.shape[:-1], 1)
-    return pool.take_along_dim(order.gather(-1, choice).unsqueeze(-1), dim=-2).squeeze(-2)
+    log_weights = torch.where((most < n) & (counts == most), 0.0, log_weight[counts])  # the fallback: C(c, c) = 1
+    cumulative = (log_weights - log_weights.amax(-1, keepdim=True)).exp().cumsum(-1)
+    u = torch.rand(most.shape, device=pool.device, dtype=torch.float64, generator=generator) * cumulative[..., -1:]
+    choice = torch.searchsorted(cumulative, u, right=True).clamp_max(pool.shape[-2] - 1)  # the first whose sum exceeds u
+    return pool.take_along_dim(choice.unsqueeze(-1), dim=-2).squeeze(-2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class InputError(Exception):
 
 @dataclass
 class AutoencoderConfig:
-    """The published autoencoder, but for the vocabulary. `kl_floor` is the paper's lambda, `kl_weight` its beta."""
+    """The published autoencoder, except for the vocabulary. `kl_floor` is the paper's lambda, `kl_weight` its beta."""
 
     vocab_size: int
     chunk_size: int = 4  # K
@@ -151,8 +151,7 @@ class Autoencoder(nn.Module):
         x = self.squeeze(x.flatten(-2))  # (..., K·d) -> (..., d): the only place where the K tokens meet
         for block in self.encoder_blocks[half:]:
             x = block(x)
-        mean, log_std = self.to_posterior(self.encoder_norm(x)).chunk(2, dim=-1)
-        return mean, log_std
+        return self.to_posterior(self.encoder_norm(x)).chunk(2, dim=-1)  # mean, log_std
 
     def decode(self, latent):
         """latent (..., l)  ->  logits (..., K, V), one distribution for each of the K tokens."""
@@ -176,7 +175,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, tokens):
         """
-        tokens (..., K) int  ->  loss (a scalar, nats a chunk), metrics (floats: reconstruction, kl, accuracy).
+        tokens (..., K) int  ->  loss (a scalar, nats per chunk), metrics (floats: reconstruction, kl, accuracy).
 
             loss = K · CE(decoder(z~), tokens) + beta · KL            (paper, equations 3 to 5)
 
@@ -205,8 +204,8 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def accuracy(self, tokens, noise=0.0, generator=None):
         """
-        The share of tokens (..., K) that come back when Gaussian noise of standard deviation `noise` is added to the
-        posterior's mean. The paper's test of robustness has noise = 0.3.
+        tokens (..., K) int -> a float, the share of them that come back when Gaussian noise of standard deviation `noise` is
+        added to the posterior's mean. The paper's test of robustness has noise = 0.3.
         """
         mean, _ = self.encode(tokens)
         epsilon = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
@@ -250,7 +249,7 @@ def read_json(path):
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise InputError(f"{path} is no JSON object.")
+        raise InputError(f"{path} is not a JSON object.")
     return content
 
 

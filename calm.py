@@ -27,7 +27,7 @@ from energy_head import EnergyHead, energy_loss
 
 @dataclass
 class CALMConfig:
-    """The published CALM-M (371 M parameters), but for the vocabulary."""
+    """The published CALM-M (371 M parameters), except for the vocabulary."""
 
     vocab_size: int
     chunk_size: int = 4  # K
@@ -56,7 +56,7 @@ class CALMConfig:
             raise InputError(f"hidden_size {self.hidden_size} must be a multiple of twice n_heads ({self.n_heads}).")
         if self.context % self.chunk_size or self.context < 2 * self.chunk_size:
             near = max(2, self.context // self.chunk_size) * self.chunk_size
-            raise InputError(f"context {self.context} is no multiple of chunk_size {self.chunk_size} with two chunks or more: try {near}.")
+            raise InputError(f"context {self.context} is not a multiple of chunk_size {self.chunk_size} with two chunks or more: try {near}.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class KVCache:
         self.layers = {}  # layer number -> (keys, values)
 
     def append(self, layer, keys, values):
-        """Adds the new steps' (B, H, new, d/H) behind the first `length`; returns those of all steps so far."""
+        """Stores keys and values (B, H, new, d/H) after the first `length` steps; returns those of all, (B, H, length + new, d/H)."""
         end = self.length + keys.shape[2]
         if layer not in self.layers:
             self.layers[layer] = (keys, values)
@@ -101,7 +101,8 @@ def rotation(positions, size, theta):
 def rotate(x, cos, sin):
     """
     Rotary position embedding (RoPE): turn each pair of coordinates (j, j + half) of x (B, H, steps, size) by its angle, so
-    that dot products depend on *differences* of positions. Half-split pairs, as in the released code, not neighbours.
+    that dot products depend on *differences* of positions: cos, sin (steps, size / 2) -> the shape of x. Half-split pairs, as
+    in the released code, not neighbours.
     """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
@@ -109,7 +110,10 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Self-attention with RoPE, without biases: (B, steps, d) -> (B, steps, d). Causal if `visible` is None."""
+    """
+    Self-attention with RoPE, without biases: x (B, steps, d) -> (B, steps, d). turn: (cos, sin) of `rotation`; visible:
+    (steps, all steps) bool, or None for causal; cache: a KVCache or None; layer: its number there.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -135,15 +139,15 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, *how):
-        x = x + self.attention(self.attention_norm(x), *how)
+    def forward(self, x, *attention_arguments):
+        x = x + self.attention(self.attention_norm(x), *attention_arguments)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Backbone(nn.Module):
     """
     The Transformer between inputs and hidden states: (B, steps, d) -> (B, steps, d). It need not know what a step is (here:
-    a chunk). Given a cache, it goes on behind the steps in it. Released code: the `LlamaModel` of transformers.
+    a chunk). Given a cache, it continues after the steps in it. Released code: the `LlamaModel` of transformers.
     """
 
     def __init__(self, config):
@@ -153,7 +157,10 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
 
     def forward(self, x, cache=None, positions=None, visible=None):
-        """Unless told otherwise by positions (steps,) and visible (steps, steps in the cache + steps), it is causal."""
+        """
+        x (B, steps, d) -> (B, steps, d). Causal, unless both positions (steps,) and visible (steps, steps in the cache +
+        steps), bool, say otherwise.
+        """
         past, steps = (0 if cache is None else cache.length), x.shape[1]
         if positions is None:
             positions = torch.arange(past, past + steps, device=x.device)
@@ -223,7 +230,7 @@ class CALM(nn.Module):
         """(B, T) -> (B, L, K). T must be a multiple of K."""
         K = self.config.chunk_size
         if tokens.shape[-1] % K:
-            raise ValueError(f"{tokens.shape[-1]} tokens are no whole number of chunks of {K}")
+            raise ValueError(f"{tokens.shape[-1]} tokens are not a whole number of chunks of {K}")
         return tokens.unflatten(-1, (-1, K))
 
     def compress(self, tokens):
@@ -360,9 +367,8 @@ def brier_lm(brier):
 
 def draw_continuations(model, tokens, n, generator=None):
     """
-    For each chunk with at least 4 tokens behind it, n independent continuations of at least 4 tokens.
-
-    tokens (B, T)  ->  continuations (n, B, positions, >= 4), and the true tokens there (B, positions, >= 4).
+    n independent continuations, each of ceil(4/K) chunks and so of 4 tokens or more, after each chunk of a text that has as
+    many chunks after it: tokens (B, T)  ->  continuations (n, B, positions, >= 4), and the text there (B, positions, >= 4).
     For K >= 4 one chunk is enough. For K < 4 several must be generated, each from its own history. That is done for all
     positions at once: the text is the stem of a tree, and the continuation of chunk i a branch that sees the stem up to i
     and itself. So the j-th chunks of all branches are one pass, in which branch i stands at position i + j.

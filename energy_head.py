@@ -39,7 +39,8 @@ def distance_power(squared, alpha):
 def zero_if_rounding(squared, scale):
     """
     |x - y|^2 = |x|^2 + |y|^2 - 2 x·y costs l times less memory than all the differences, but where x = y rounding leaves
-    about 1e-7 · (|x|^2 + |y|^2) in float32. Here what is no larger than that becomes 0; `scale` is the sum of the squares.
+    a few times 1e-7 · (|x|^2 + |y|^2) in float32. Here what is at most 4 machine epsilons of `scale`, the sum of the squares,
+    becomes 0. squared and scale: of one shape -> the same shape.
     """
     return torch.where(squared > 4 * torch.finfo(squared.dtype).eps * scale, squared, 0.0)
 

@@ -30,12 +30,15 @@ from calm import CALM, CALMConfig, KVCache
 
 
 def inverse_temperature(temperature):
-    """1/T = n + a as (n, a), a whole number and a fraction 0 <= a < 1. Raises InputError unless 0 < T <= 1."""
+    """
+    1/T = n + a as (n, a), a whole number and a fraction 0 <= a < 1. Within 0.004 of a whole number it is taken for that:
+    whoever types 0.333 means 1/3. Raises InputError unless 0 < T <= 1.
+    """
     if not 0 < temperature <= 1:
         raise InputError(f"the temperature must be above 0 and at most 1, not {temperature:g}.")
-    n = math.floor(1 / temperature + 2e-3)  # whoever types 0.333 means 1/3
+    n = math.floor(1 / temperature + 4e-3)
     a = 1 / temperature - n
-    return (n, 0.0) if a < 2e-3 else (n, a)
+    return (n, 0.0) if a < 4e-3 else (n, a)
 
 
 def temperature_sample_exact(draw, temperature, max_draws=1_000_000, block=256, with_draws=False, generator=None):
@@ -77,7 +80,7 @@ def temperature_sample_exact(draw, temperature, max_draws=1_000_000, block=256, 
 
 
 def bernoulli_factory(draws, x, a, generator=None):
-    """True with probability P(x)^a, 0 < a < 1, from an iterator over draws: see `temperature_sample_exact`."""
+    """True with probability P(x)^a, 0 < a < 1; draws: an iterator over lists of K ints, x: one. See `temperature_sample_exact`."""
     device = generator.device if generator else "cpu"
     for i in itertools.count(1):
         if next(draws) == x:
@@ -108,22 +111,23 @@ def temperature_sample_batch(pool, temperature, generator=None):
 
     For T = 1/n, a value that was drawn c times fills C(c, n) of the C(N, n) ways to pick n draws, so that is its weight: it
     is as if the exact method had made one attempt on the pool in every order. That holds for any 1/T = s, with
-    C(c, s) = Gamma(c+1) / (Gamma(s+1) Gamma(c-s+1)) for c >= floor(s), else 0: by the Chu-Vandermonde identity the factory
-    accepts C(c, s) / C(c, n) of the orders. Where no value was drawn floor(s) times, s is lowered to the largest count
-    (the paper: n-1, n-2, ...).
+    C(c, s) = Gamma(c+1) / (Gamma(s+1) Gamma(c-s+1)) for c >= floor(s), else 0: by the Chu-Vandermonde identity, an attempt
+    on the pool in random order accepts the value with probability C(c, s) / C(N, s), if a factory that comes to the end of
+    the pool accepts. Where no value was drawn floor(s) times, s is lowered to the largest count (the paper: n-1, n-2, ...).
     Biased for a finite N, by that fallback and because a ratio of unbiased weights is biased; exact as N goes to infinity.
     Released code: the sampling loop of `generate` in modeling_calm.py, one Counter a row, T = 1/n alone.
     """
     n, a = inverse_temperature(temperature)
     counts = count_equal(pool)
     # For each count c up to N: a value stands in the pool c times, so each copy gets C(c, s) / c. In logarithms: C(200, 100) ~ 1e59.
-    c = torch.arange(pool.shape[-2] + 1, device=pool.device, dtype=torch.float64)
+    real = torch.float32 if pool.device.type == "mps" else torch.float64  # MPS has no float64
+    c = torch.arange(pool.shape[-2] + 1, device=pool.device, dtype=real)
     log_weight = torch.lgamma(c + 1) - torch.lgamma((c - n - a).clamp_min(-a) + 1) - c.log()
     log_weight[:n] = -torch.inf
     most = counts.amax(-1, keepdim=True)
     log_weights = torch.where((most < n) & (counts == most), 0.0, log_weight[counts])  # the fallback: C(c, c) = 1
     cumulative = (log_weights - log_weights.amax(-1, keepdim=True)).exp().cumsum(-1)
-    u = torch.rand(most.shape, device=pool.device, dtype=torch.float64, generator=generator) * cumulative[..., -1:]
+    u = torch.rand(most.shape, device=pool.device, dtype=real, generator=generator) * cumulative[..., -1:]
     choice = torch.searchsorted(cumulative, u, right=True).clamp_max(pool.shape[-2] - 1)  # the first whose sum exceeds u
     return pool.take_along_dim(choice.unsqueeze(-1), dim=-2).squeeze(-2)
 
@@ -138,8 +142,8 @@ def draws_that_begin_with(model, hidden, beginning, n, max_draws, generator=None
 
     Drawing whole chunks and keeping those that begin with the r given tokens is *exact* conditioning without likelihoods:
     what is kept is distributed as P(chunk | its first r tokens, history), by the definition of conditional probability. It
-    costs n / P(first r tokens) draws. If none of `max_draws` draws agrees, those that agree longest are taken and the given
-    tokens are written over their beginnings: that is no longer exact, so a warning is issued.
+    costs n / P(first r tokens) draws. If none of the first `max_draws` draws agrees, those that agree longest are taken and
+    the given tokens are written over their beginnings: that is no longer exact, so a warning is issued.
     """
     r = len(beginning)
     kept, n_drawn, longest = [], 0, 0  # `longest`: tokens that the draws in `kept` share with the beginning
@@ -163,7 +167,8 @@ def generate(model, prompt, n_tokens, temperature=1.0, method="batch", pool=200,
     """
     Continue each prompt by n_tokens tokens: prompt (B, T) int, T >= 1  ->  (B, T + n_tokens) int. At temperature 1 a step is
     one draw. Below, the method is "batch" (choose from `pool` draws) or "exact" (draw until the factory accepts, raising
-    InputError after 1 000 · max_draws). The list `draws_used`, if given, gets the number of draws of each chunk.
+    InputError after 1 000 · max_draws). The list `draws_used`, if given, gets the number of draws that were read for
+    each chunk, without those that did not begin with the prompt's last tokens.
 
     - A prompt's last T mod K tokens fill no chunk: they are the beginning of the first chunk to be generated, which
       `draws_that_begin_with` draws. So nothing is padded inside the text, where training has never shown padding.
@@ -240,7 +245,7 @@ def make_encoding(ranks, pattern=PIECES, special_tokens=None):
 
 
 def ranks_to_text(ranks):
-    """{token bytes: rank} in tiktoken's file format: a line a token, its bytes in base64, a space, its rank."""
+    """{token bytes: rank} in tiktoken's file format: one line per token, its bytes in base64, a space, its rank."""
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
 
 
@@ -252,9 +257,9 @@ def ranks_from_text(text, source):
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise InputError(f"{source} is no file of token ranks: line {number} is not 'BASE64 RANK'.") from None
+            raise InputError(f"{source} is not a file of token ranks: line {number} is not 'BASE64 RANK'.") from None
     if not all(bytes([b]) in ranks for b in range(256)) or len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise InputError(f"{source} is no file of token ranks: it must hold all 256 single bytes, and no rank twice.")
+        raise InputError(f"{source} is not a file of token ranks: it must hold all 256 single bytes, and no rank twice.")
     return ranks
 
 
@@ -388,13 +393,12 @@ def main():
     if n_prompt > longest:
         warnings.warn(f"the prompt has {n_prompt} tokens and the model sees {longest}: its end is what counts.")
     generator = torch.Generator(device).manual_seed(args.seed)
-    draws_used = []
-    how = (args.n_tokens, args.temperature, args.method, args.pool, generator, draws_used)
+    model, draws_used = model.to(device), []
     for i in range(args.n_samples):
-        text = write_text(model.to(device), encoding, prompt, *how)
+        text = write_text(model, encoding, prompt, args.n_tokens, args.temperature, args.method, args.pool, generator, draws_used)
         print("\n" + "-" * 80 + "\n" if i else "", text, sep="")
     if args.temperature < 1:
-        print(f"{sum(draws_used) / len(draws_used):,.1f} draws a chunk, at most {max(draws_used):,}", file=sys.stderr)
+        print(f"{sum(draws_used) / len(draws_used):,.1f} draws per chunk, at most {max(draws_used):,}", file=sys.stderr)
 
 
 if __name__ == "__main__":

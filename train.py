@@ -70,7 +70,7 @@ def parse_settings():
     parser = argparse.ArgumentParser(description="Train CALM from plain text. Any flag overrides the preset's value.")
     parser.add_argument("--preset", choices=PRESETS, default="quick", help="a set of defaults (default: quick)")
     stages = ("all", "autoencoder", "calm")
-    parser.add_argument("--stage", choices=stages, default="all", help="calm takes the autoencoder in --out_dir (default: all)")
+    parser.add_argument("--stage", choices=stages, default="all", help="calm takes the autoencoder and the tokenizer that are in --out_dir (default: all)")
     parser.add_argument("--out_dir", metavar="DIR", help="everything a run writes goes there (default: out/<preset>)")
     parser.add_argument("--tokenizer", metavar="NAME_OR_FILE", help="instead of --vocab_size: gpt2, …, or a ranks file")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -182,7 +182,7 @@ def read_file(path):
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     if b"\0" in data:
-        raise InputError(f"{path} is no text: it holds NUL bytes.")
+        raise InputError(f"{path} is not text: it holds NUL bytes.")
     text = data.decode("utf-8", errors="replace")
     if wrong := text.count("\ufffd"):
         print(f"note: {path} is not all UTF-8: {wrong} places are read as \ufffd.", file=sys.stderr)
@@ -318,8 +318,8 @@ def learning_rate(step, steps, highest):
 
 def optimise(model, next_batch, steps, highest_lr, report):
     """
-    `steps` steps of AdamW on model(next_batch()) -> loss, metrics; now and then report(step, seconds, metrics), with the
-    seconds of training alone, which are returned in the end. Raises InputError when the loss is no longer finite.
+    `steps` steps of AdamW on model(next_batch()) -> loss, metrics; about REPORTS times report(step, seconds, metrics), with
+    the seconds of training alone, which are returned in the end. Raises InputError when the loss is no longer finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]  # others: biases, norms
@@ -352,11 +352,14 @@ def read_log(out_dir):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def write_log(out_dir, rows):
+    write_text_file(Path(out_dir) / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def log_report(out_dir, row, steps, text):
-    """Adds a row to log.jsonl, in place of this stage's rows from an earlier run, and prints the report."""
+    """Adds a row to log.jsonl and prints the report."""
     stage, step, seconds, tokens = (row[key] for key in ("stage", "step", "seconds", "tokens"))
-    rows = [old for old in read_log(out_dir) if old["stage"] != stage or old["step"] < step] + [row]
-    write_text_file(Path(out_dir) / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    write_log(out_dir, [*read_log(out_dir), row])
     left = round(seconds / step * (steps - step))
     print(f"{stage} {step:6}/{steps}  {text}  {tokens / seconds:,.0f} tokens/s  left {left // 60}:{left % 60:02}", flush=True)
 
@@ -380,6 +383,7 @@ def train_autoencoder(settings, train, validation, encoding):
     model = Autoencoder(config).to(settings.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"autoencoder: {parameters:,} parameters, {K} tokens <-> {config.latent_size} numbers")
+    write_log(settings.out_dir, [])
     held_out = validation[: len(validation) // K * K].view(-1, K)[:REPORT_CHUNKS].long().to(settings.device)
 
     def report(step, seconds, metrics):
@@ -401,14 +405,15 @@ def train_autoencoder(settings, train, validation, encoding):
 @torch.no_grad()
 def evaluate(model, sequences, batch_size):
     """
-    CALM on held-out sequences (n, T): the terms of its loss, its Brier scores, and the decoder's confidence in the head's
-    draws, the probability of its own best chunk: near 1 at a posterior, less for a draw that fell between two of them.
+    CALM on held-out sequences (n, T) int, as one dict: the terms of its loss, all of `evaluate_brier`, and the decoder's
+    confidence in the head's draws, its probability of its own best chunk: near 1 at a posterior, less between two of them.
     """
     totals, device = Counter(), next(model.parameters()).device
     for batch in sequences.to(device).split(batch_size):
         loss, metrics = model(batch)
         latent = model.head.sample(model.hidden_states(batch), 1)
-        confidence = model.autoencoder.decode(latent).softmax(-1).amax(-1).prod(-1).mean()
+        parts = latent.flatten(0, -2).split(1024)  # in slices, as in `decode_tokens`: all their logits at once would be large
+        confidence = torch.cat([model.autoencoder.decode(part).softmax(-1).amax(-1).prod(-1) for part in parts]).mean()
         metrics |= {"val_loss": loss.item(), "confidence": confidence.item()}
         totals.update({name: value * len(batch) / len(sequences) for name, value in metrics.items()})
     generator = torch.Generator(device).manual_seed(0)
@@ -428,6 +433,7 @@ def train_calm(settings, train, validation, encoding, autoencoder):
     model = CALM(config, autoencoder).to(settings.device)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"CALM: {parameters:,} parameters, {context} tokens = {context // config.chunk_size} steps of {config.chunk_size}")
+    write_log(settings.out_dir, [row for row in read_log(settings.out_dir) if row["stage"] == "autoencoder"])
     held_out = validation[: len(validation) // context * context].view(-1, context)[:FINAL_SEQUENCES].long()
 
     def report(step, seconds, metrics):
@@ -480,6 +486,8 @@ def draw_curves(path, rows, autoencoder):
 def main():
     settings = parse_settings()
     model_configs(settings, vocab_size=257)  # sizes that do not fit together are said before anything long begins
+    if settings.context < settings.chunk_size + 4:
+        raise InputError(f"--context must be at least {settings.chunk_size + 4}: BrierLM compares 4 tokens behind the first chunk.")
     out_dir, summary = Path(settings.out_dir), {}
     try:
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -258,8 +258,8 @@ def set_field(key, value):
 MALFORMED = {
     "no weights": (lambda folder, *_: (folder / "pytorch_model.bin").unlink(), "pytorch_model.bin"),
     "no config": (lambda folder, *_: (folder / "config.json").unlink(), "config.json"),
-    "no JSON": (lambda folder, *_: (folder / "config.json").write_text("{"), "config.json is no JSON"),
-    "a list as config": (lambda folder, *_: (folder / "config.json").write_text("[]"), "config.json is no JSON"),
+    "no JSON": (lambda folder, *_: (folder / "config.json").write_text("{"), "config.json is not a JSON"),
+    "a list as config": (lambda folder, *_: (folder / "config.json").write_text("[]"), "config.json is not a JSON"),
     "damaged": (lambda folder, *_: (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 damaged"), "damaged"),
     "truncated": (lambda folder, *_: os.truncate(folder / "pytorch_model.bin", 9000), "damaged"),
     "code in the pickle": (lambda folder, *_: torch.save({"x": os.system}, folder / "pytorch_model.bin"), "pytorch_model.bin"),

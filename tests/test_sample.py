@@ -64,6 +64,8 @@ def test_exact_sampler_against_the_distribution_and_the_expected_draws(name, tem
     counts, used = exact_samples(P, temperature, answers, seed)
     sharpened = P ** (1 / temperature)
     assert chi_square_p(counts, answers * sharpened / sharpened.sum()) > 1e-4
+    if name == "fifty":
+        return  # where a rare value starts a factory it may take thousands of draws: 20 000 answers do not know that tail
     n = math.floor(1 / temperature + 1e-9)
     factory = 0 if abs(1 / temperature - n) < 1e-9 else (P[P > 0] ** (1 / temperature - 1)).sum()
     expected = (n + factory) / sharpened.sum()
@@ -189,6 +191,12 @@ def test_batch_sampler_keeps_pools_apart():
     assert torch.equal(temperature_sample_batch(pools, 0.5), pools[:, :, 0])
 
 
+def test_one_over_t_as_a_whole_number_and_a_fraction():
+    assert [sample.inverse_temperature(T) for T in (1, 0.5, 1 / 3, 0.333, 0.33333, 0.25)] == [(n, 0.0) for n in (1, 2, 3, 3, 3, 4)]
+    n, a = sample.inverse_temperature(0.4)
+    assert n == 2 and a == pytest.approx(0.5)
+
+
 def test_counting_is_comparing_all_pairs():
     """Also where a chunk's tokens, read as digits of one number, would overflow 64 bits."""
     for high, K in ((3, 4), (200_000, 4), (2**31, 8)):
@@ -204,7 +212,7 @@ def test_large_counts_do_not_overflow():
         assert all(temperature_sample_batch(pool, 1 / n).item() == 0 for _ in range(5))
 
 
-@pytest.mark.parametrize("temperature", [0.0, -0.5, 1.01, 2.0, float("nan")])
+@pytest.mark.parametrize("temperature", [0.0, -0.5, 1.01, 2.0, float("nan"), float("inf")])
 def test_temperatures_outside_their_range_are_refused(temperature):
     with pytest.raises(InputError, match="temperature"):
         temperature_sample_batch(torch.zeros(5, 4), temperature)

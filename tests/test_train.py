@@ -201,6 +201,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         (["--device", "abacus"], "abacus"),
         (["--tokenizer", "nothing", "--data", "long.txt"], "nothing"),
         (["--stage", "calm"], "autoencoder.pt"),
+        (["--chunk_size", 1, "--context", 4], "at least 5"),
         (["--out_dir", "short.txt"], "short.txt"),
     ],
 )
@@ -244,7 +245,7 @@ def test_a_repeating_text_is_learnt_perfectly(repeating):
 def sample_text(out_dir, *arguments):
     script = os.path.join(os.path.dirname(sample.__file__), "sample.py")
     done = subprocess.run([sys.executable, script, "--out_dir", out_dir, *arguments], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.returncode == 0 and done.stderr == "200.0 draws per chunk, at most 200\n", done.stderr
     return done.stdout
 
 
@@ -280,4 +281,4 @@ def test_a_prompt_longer_than_the_context_keeps_its_end_and_says_so(repeating):
     command = [sys.executable, script, "--out_dir", repeating[1], "--prompt", "To be, or not to be:\n" * 5, "--n_tokens", "42"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and done.stdout == "To be, or not to be:\n" * 7 + "\n"
-    assert "105 tokens" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "105 tokens" in done.stderr.splitlines()[0] and len(done.stderr.splitlines()) == 2

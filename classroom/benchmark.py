@@ -71,6 +71,14 @@ def loss_steps(positions, device, N=8, l=128):
     return ours, materialised
 
 
+def peak_resident():
+    """The largest memory, in bytes, that this process has had so far."""
+    if os.path.exists("/proc/self/status"):  # Linux: getrusage would count the parent process as well
+        with open("/proc/self/status") as f:
+            return 1024 * next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS, in bytes
+
+
 def peak_bytes(which, positions, device, result):
     """Puts into the queue `result` by how much one step lets the memory grow; for a process of its own."""
     loss_steps(2, device)[which]()  # loads the kernels
@@ -81,10 +89,9 @@ def peak_bytes(which, positions, device, result):
         step()
         result.put(torch.cuda.max_memory_allocated() - before)
     else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_resident()
         step()
-        result.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+        result.put(peak_resident() - before)
 
 
 def measure_peak(which, positions, device):

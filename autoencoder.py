@@ -61,7 +61,7 @@ def kl_divergence(mean, log_std, floor=0.0):
     KL( N(mean, std^2) || N(0, I) ), each dimension's share raised to at least `floor`, summed over the dimensions:
     mean, log_std (..., l)  ->  (...), in nats.
 
-    The floor ("KL clipping", paper section 2.2) is applied to each dimension *before* the sum: below it nothing pulls a
+    The floor ("KL clipping", paper section 2) is applied to each dimension *before* the sum: below it nothing pulls a
     dimension further onto the prior, where it would say nothing of its chunk. A floor on the sum could not prevent that.
     """
     per_dimension = 0.5 * (mean.square() + torch.exp(2 * log_std) - 1 - 2 * log_std)
@@ -111,7 +111,7 @@ class ResidualBlock(nn.Module):
 
 class Autoencoder(nn.Module):
     """
-    The chunk autoencoder (paper, section 2; released code: `Autoencoder` in modeling_autoencoder.py). Each chunk is coded on
+    The chunk autoencoder (paper, section 2; released code: `Autoencoder`). Each chunk is coded on
     its own: attention between chunks helped reconstruction, but hurt the language model built on it.
     """
 
@@ -177,7 +177,7 @@ class Autoencoder(nn.Module):
         """
         tokens (..., K) int  ->  loss (a scalar, nats per chunk), metrics (floats: reconstruction, kl, accuracy).
 
-            loss = K · CE(decoder(z~), tokens) + beta · KL            (paper, equations 3 to 5)
+            loss = K · CE(decoder(z~), tokens) + beta · KL            (paper, section 2)
 
         In training mode the encoder is shown a damaged chunk and the decoder a damaged latent; the *targets* stay whole:
         - DropToken: each input token becomes id 0 with probability `dropout`, so a chunk's vector must also say what its

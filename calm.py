@@ -147,7 +147,7 @@ class TransformerBlock(nn.Module):
 class Backbone(nn.Module):
     """
     The Transformer between inputs and hidden states: (B, steps, d) -> (B, steps, d). It need not know what a step is (here:
-    a chunk). Given a cache, it continues after the steps in it. Released code: the `LlamaModel` of transformers.
+    a chunk). Given a cache, it continues after the steps in it. Released code: its `transformer`.
     """
 
     def __init__(self, config):
@@ -180,7 +180,7 @@ class Backbone(nn.Module):
 
 class CALM(nn.Module):
     """
-    The continuous autoregressive language model (paper, section 3; released code: `EnergyTransformer` in modeling_energy.py).
+    The continuous autoregressive language model (paper, section 3; released code: `EnergyTransformer`).
     The autoencoder is frozen, so that the target stands still.
     """
 
@@ -238,7 +238,7 @@ class CALM(nn.Module):
         The inputs of the backbone, the K embeddings of each chunk squeezed into one: (B, T) -> (B, L, d).
 
         Inputs are made of *tokens*, not of latents: a generated vector is decoded first, so that its small errors do not pile
-        up from step to step (latents as inputs were worse; paper, section 3.1).
+        up from step to step (latents as inputs were worse; paper, section 3).
         """
         return self.compression(self.embedding(self.chunks(tokens)).flatten(-2))
 
@@ -263,7 +263,7 @@ class CALM(nn.Module):
     def draw_chunks(self, hidden, n, generator=None):
         """
         n independent draws of the next chunk for each hidden state: (..., d) -> (n, ..., K) int.
-        All the randomness is in the latent; each token is the decoder's most probable one for it (paper, section 3.3).
+        All the randomness is in the latent; each token is the decoder's most probable one for it (paper, section 3).
         """
         return self.autoencoder.decode_tokens(self.head.sample(hidden, n, generator=generator))
 

@@ -70,10 +70,10 @@ def diversity(samples, alpha=1.0):
 
 def energy_score(samples, targets, alpha=1.0):
     """
-    The energy score of a sampler at observed targets, to be *maximised*.               (paper, section 3.2)
+    The energy score of a sampler at observed targets, to be *maximised*.               (paper, section 3)
 
     samples (N, ..., l), targets (M, ..., l)  ->  (...), unbiased, N >= 2. For half precision it is computed in float32.
-    Released code: `energy_score` in modeling_energy.py, which holds all the differences: N·M·positions·l numbers.
+    The released code holds all the differences at once: N·M·positions·l numbers.
     """
     with torch.autocast(samples.device.type, enabled=False):
         samples, targets = in_full_precision(samples, targets)
@@ -122,7 +122,7 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
 class HeadBlock(nn.Module):
     """
     x <- x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]):  x (n, ..., d), c (..., d) -> (n, ..., d).
-    Released code: `MLPBlock` in modeling_energy.py.
+    Released code: `mlp_generator.mlp_blocks` of `EnergyTransformer`.
     """
 
     def __init__(self, d):
@@ -143,8 +143,8 @@ class HeadBlock(nn.Module):
 
 class EnergyHead(nn.Module):
     """
-    One draw of the next latent vector from one forward pass, where diffusion needs many.      (paper, section 3.3)
-    Released code: `MLPGenerator` in modeling_energy.py. The paper takes about a quarter as many blocks as the Transformer's.
+    One draw of the next latent vector from one forward pass, where diffusion needs many.      (paper, section 3)
+    Released code: `mlp_generator` of `EnergyTransformer`. The paper takes about a quarter as many blocks as the Transformer's.
     """
 
     def __init__(self, hidden_size, latent_size, noise_size=64, n_blocks=4):

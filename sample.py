@@ -43,7 +43,7 @@ def inverse_temperature(temperature):
 
 def temperature_sample_exact(draw, temperature, max_draws=1_000_000, block=256, with_draws=False, generator=None):
     """
-    One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1, given nothing but draws from P.  (paper, section 5.1, algorithm 1)
+    One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1, given nothing but draws from P.  (paper, section 5)
 
     draw(m) -> (m, K) int: m independent draws  ->  (K,) int; with_draws=True: that, and the number of draws it took.
     Raises InputError after max_draws draws: an answer then would be biased towards the values that are accepted early.
@@ -105,7 +105,7 @@ def count_equal(pool):
 
 def temperature_sample_batch(pool, temperature, generator=None):
     """
-    Choose from N draws as if from P(x)^(1/T) / Z, any 0 < T <= 1.          (paper, section 5.2: the batch approximation)
+    Choose from N draws as if from P(x)^(1/T) / Z, any 0 < T <= 1.          (paper, section 5: the batch approximation)
 
     pool (..., N, K) int: N independent draws of a chunk  ->  the chosen chunk (..., K); each leading index is its own pool.
 
@@ -115,7 +115,7 @@ def temperature_sample_batch(pool, temperature, generator=None):
     on the pool in random order accepts the value with probability C(c, s) / C(N, s), if a factory that comes to the end of
     the pool accepts. Where no value was drawn floor(s) times, s is lowered to the largest count (the paper: n-1, n-2, ...).
     Biased for a finite N, by that fallback and because a ratio of unbiased weights is biased; exact as N goes to infinity.
-    Released code: the sampling loop of `generate` in modeling_calm.py, one Counter a row, T = 1/n alone.
+    The released code has this method alone, for T = 1/n, in a loop over the rows.
     """
     n, a = inverse_temperature(temperature)
     counts = count_equal(pool)

@@ -487,7 +487,7 @@ def main():
     settings = parse_settings()
     model_configs(settings, vocab_size=257)  # sizes that do not fit together are said before anything long begins
     if settings.context < settings.chunk_size + 4:
-        raise InputError(f"--context must be at least {settings.chunk_size + 4}: BrierLM compares 4 tokens behind the first chunk.")
+        raise InputError(f"--context must be at least {settings.chunk_size + 4}: BrierLM compares 4 tokens after the first chunk.")
     out_dir, summary = Path(settings.out_dir), {}
     try:
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ import torch
 from conftest import tiny_calm
 
 import sample
-from autoencoder import RELEASED_NAMES as AUTOENCODER_NAMES
 from autoencoder import Autoencoder, InputError, kl_divergence
 from calm import CALM, RELEASED_NAMES, brier_score, evaluate_brier
 from energy_head import energy_score
@@ -143,9 +142,8 @@ def test_safetensors_that_are_not_aligned(tmp_path):
 def as_released(model):
     """Our CALM as the released code would save it: (weights under released names, config)."""
     back = {}  # our name -> all its released names
-    for names, prefix in ((RELEASED_NAMES, ""), ({f"ae_model.{k}": f"autoencoder.{v}" for k, v in AUTOENCODER_NAMES.items()}, "")):
-        for released, here in names.items():
-            back.setdefault(prefix + here, set()).add(released)
+    for released, here in RELEASED_NAMES.items():
+        back.setdefault(here, set()).add(released)
     weights = {}
     for name, tensor in model.state_dict().items():
         module, _, kind = name.rpartition(".")

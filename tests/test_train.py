@@ -214,6 +214,17 @@ def test_bad_input_is_one_sentence(command, tmp_path, monkeypatch, arguments, wo
     assert not list(tmp_path.glob("out/quick/*"))
 
 
+def test_a_second_run_of_a_stage_replaces_its_log_and_keeps_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("To be, or not to be:\n" * 200)
+    sizes = "--data text.txt --device cpu --context 16 --batch_size 2 --hidden_size 16 --n_layers 1 --n_heads 1 --autoencoder_hidden_size 16"
+    for more in ("--autoencoder_steps 12 --steps 12", "--stage calm --steps 36"):
+        monkeypatch.setattr(sys, "argv", ["train.py", *sizes.split(), *more.split()])
+        train.main()
+    steps = {stage: [row["step"] for row in train.read_log("out/quick") if row["stage"] == stage] for stage in ("autoencoder", "calm")}
+    assert steps == {"autoencoder": list(range(1, 13)), "calm": list(range(3, 37, 3))}
+
+
 # End to end
 
 

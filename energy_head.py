@@ -27,30 +27,20 @@ NORM_EPS = 1e-6  # of every LayerNorm, as in the released code
 # median. When P = Q the two expectations are equal: E |x' - x''| = E |x - y|. At alpha = 2 the score sees only the mean.
 
 
-def distance_power(squared, alpha):
-    """|x|^alpha from |x|^2, with gradient 0 (not NaN) where |x| = 0. Any shape, element by element."""
+def distance_power(products, squares, alpha):
+    """
+    |x - y|^alpha from the products x·y and the squares |x|^2 + |y|^2, two tensors of one shape -> that shape.
+
+    |x - y|^2 = |x|^2 + |y|^2 - 2 x·y costs l times less memory than all the differences x - y, but where x = y rounding
+    leaves a few times 1e-7 of the squares in float32. So what is at most 4 machine epsilons of them counts as 0, and its
+    gradient is 0 (not NaN). Move clouds that are far from the origin there first: their distances are small beside their squares.
+    """
     if not 0 < alpha < 2:
         raise ValueError(f"alpha must lie strictly between 0 and 2 for the energy score to be strictly proper, not {alpha}")
-    apart = squared > 0
-    # The inner `where` keeps the root away from 0: its derivative there is infinite, and 0 · inf would be NaN.
-    return torch.where(apart, torch.where(apart, squared, 1.0).pow(alpha / 2), 0.0)
-
-
-def zero_if_rounding(squared, scale):
-    """
-    |x - y|^2 = |x|^2 + |y|^2 - 2 x·y costs l times less memory than all the differences, but where x = y rounding leaves
-    a few times 1e-7 · (|x|^2 + |y|^2) in float32. Here what is at most 4 machine epsilons of `scale`, the sum of the squares,
-    becomes 0. squared and scale: of one shape -> the same shape.
-    """
-    return torch.where(squared > 4 * torch.finfo(squared.dtype).eps * scale, squared, 0.0)
-
-
-def squared_distances(x, y):
-    """All |x_n - y_m|^2: (..., N, l) and (..., M, l) -> (..., N, M), by one matrix product."""
-    centre = y.mean(-2, keepdim=True)  # distances stay when both clouds are moved, and near 0 less is lost to cancellation
-    x, y = x - centre, y - centre
-    scale = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
-    return zero_if_rounding(scale - 2 * x @ y.transpose(-1, -2), scale)
+    squared = squares - 2 * products
+    same = squared <= 4 * torch.finfo(squared.dtype).eps * squares
+    # The inner fill keeps the root away from 0: its derivative there is infinite, and 0 · inf would be NaN.
+    return squared.masked_fill(same, 1.0).pow(alpha / 2).masked_fill(same, 0.0)
 
 
 def in_full_precision(*tensors):
@@ -64,8 +54,12 @@ def diversity(samples, alpha=1.0):
     if n < 2:
         raise ValueError("the diversity of a sampler needs at least 2 samples")
     x = samples.movedim(0, -2)  # (..., N, l)
+    x = x - x.mean(-2, keepdim=True)
+    products = x @ x.transpose(-1, -2)
+    own = products.diagonal(dim1=-2, dim2=-1)  # |x_n|^2
+    distances = distance_power(products, own[..., :, None] + own[..., None, :], alpha)  # (..., N, N)
     # A draw's distance to itself is 0 and adds nothing, but does not count as a pair: divide by N (N - 1), not by N^2.
-    return distance_power(squared_distances(x, x), alpha).sum((-1, -2)) / (n * (n - 1))
+    return distances.sum((-1, -2)) / (n * (n - 1))
 
 
 def energy_score(samples, targets, alpha=1.0):
@@ -77,8 +71,11 @@ def energy_score(samples, targets, alpha=1.0):
     """
     with torch.autocast(samples.device.type, enabled=False):
         samples, targets = in_full_precision(samples, targets)
-        between = squared_distances(samples.movedim(0, -2), targets.movedim(0, -2))
-        return diversity(samples, alpha) - 2 * distance_power(between, alpha).mean((-1, -2))
+        centre = targets.mean(0)
+        x, y = (samples - centre).movedim(0, -2), (targets - centre).movedim(0, -2)  # (..., N, l) and (..., M, l)
+        squares = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
+        distances = distance_power(x @ y.transpose(-1, -2), squares, alpha)  # (..., N, M)
+        return diversity(samples, alpha) - 2 * distances.mean((-1, -2))
 
 
 def posterior_fidelity(samples, mean, log_std, noise, alpha=1.0):
@@ -92,10 +89,14 @@ def posterior_fidelity(samples, mean, log_std, noise, alpha=1.0):
         |x - y|^2 = |r - std·noise|^2 = |r|^2 - 2 (r·std) . noise + std^2 . noise^2
     """
     std = log_std.exp()
-    r = samples - mean  # (N, ..., l)
-    scale = r.square().sum(-1, keepdim=True) + std.square() @ noise.square().T  # (N, ..., M)
-    squared = zero_if_rounding(scale - 2 * (r * std) @ noise.T, scale)
-    return distance_power(squared, alpha).mean((0, -1))
+    targets_squared = std.square() @ noise.square().T  # (..., M)
+
+    def of_sample(x):
+        r = x - mean
+        squares = r.square().sum(-1, keepdim=True) + targets_squared  # (..., M)
+        return distance_power((r * std) @ noise.T, squares, alpha).mean(-1)
+
+    return sum(of_sample(x) for x in samples) / len(samples)  # sample by sample: so less is alive at once
 
 
 def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None):

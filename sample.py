@@ -19,6 +19,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 
@@ -89,18 +90,35 @@ def bernoulli_factory(draws, x, a, generator=None):
             return False
 
 
-def count_equal(pool):
-    """How often is each draw's value in its pool?  (..., N, K) int -> (..., N). It sorts, where comparing all pairs takes N^2."""
-    pools = pool.shape[:-2].numel()
-    ids = torch.arange(pools, device=pool.device).view(*pool.shape[:-2], 1)
-    size, n_ids = int(pool.max()) + 1, pools
-    for token in pool.unbind(-1):  # a pool and a chunk become one number, of which they are the digits ...
-        if n_ids * size >= 2**63:  # ... made smaller where they would overflow
-            values, ids = ids.unique(return_inverse=True)
-            n_ids = len(values)
+def distinct_draws(draws):
+    """
+    The different chunks in each pool: draws (P, N, K) int, an array of P pools  ->  three arrays (R,), one entry for each
+    chunk of each pool, pool by pool: its pool, the place of one of its draws there, and how often it was drawn.
+    """
+    P, N, K = draws.shape
+    size, place_bits = int(draws.max()) + 1, N.bit_length()
+    ids, n_ids = np.zeros((P, 1), np.int64), 1
+    for token in np.ascontiguousarray(np.moveaxis(draws, -1, 0)):  # a chunk becomes one number, its tokens are the digits ...
+        if n_ids * size << place_bits >= 2**63:  # ... made smaller where they would overflow
+            ids = np.unique(ids, return_inverse=True)[1].reshape(P, -1)
+            n_ids = int(ids.max()) + 1
         ids, n_ids = ids * size + token, n_ids * size
-    _, ids, counts = ids.unique(return_inverse=True, return_counts=True)
-    return counts[ids]
+    # Sorting brings equal chunks together, where comparing all pairs takes N^2; a draw's place travels in the lowest bits.
+    ids = np.sort(ids << place_bits | np.arange(N), axis=-1)
+    places, ids = ids & (1 << place_bits) - 1, ids >> place_bits
+    is_last = np.ones((P, N), bool)  # of its equals
+    is_last[:, :-1] = ids[:, 1:] != ids[:, :-1]
+    last = np.flatnonzero(is_last)
+    return last // N, places.ravel()[last], np.diff(last, prepend=-1)
+
+
+@functools.lru_cache(maxsize=8)
+def log_weights(N, temperature):
+    """For each count c = 0 … N the logarithm of its weight in `temperature_sample_batch`: an array (N + 1,)."""
+    n, a = inverse_temperature(temperature)
+    c = torch.arange(N + 1, dtype=torch.float64)
+    log_c_choose_s = torch.lgamma(c + 1) - torch.lgamma((c - n - a).clamp_min(-a) + 1)  # but for Gamma(s+1), the same for all c
+    return torch.where(c < n, 1000 * (c - n), log_c_choose_s).numpy()  # counts below n: see the fallback there
 
 
 def temperature_sample_batch(pool, temperature, generator=None):
@@ -117,19 +135,23 @@ def temperature_sample_batch(pool, temperature, generator=None):
     Biased for a finite N, by that fallback and because a ratio of unbiased weights is biased; exact as N goes to infinity.
     The released code has this method alone, for T = 1/n, in a loop over the rows.
     """
-    n, a = inverse_temperature(temperature)
-    counts = count_equal(pool)
-    # For each count c up to N: a value stands in the pool c times, so each copy gets C(c, s) / c. In logarithms: C(200, 100) ~ 1e59.
-    real = torch.float32 if pool.device.type == "mps" else torch.float64  # MPS has no float64
-    c = torch.arange(pool.shape[-2] + 1, device=pool.device, dtype=real)
-    log_weight = torch.lgamma(c + 1) - torch.lgamma((c - n - a).clamp_min(-a) + 1) - c.log()
-    log_weight[:n] = -torch.inf
-    most = counts.amax(-1, keepdim=True)
-    log_weights = torch.where((most < n) & (counts == most), 0.0, log_weight[counts])  # the fallback: C(c, c) = 1
-    cumulative = (log_weights - log_weights.amax(-1, keepdim=True)).exp().cumsum(-1)
-    u = torch.rand(most.shape, device=pool.device, dtype=real, generator=generator) * cumulative[..., -1:]
-    choice = torch.searchsorted(cumulative, u, right=True).clamp_max(pool.shape[-2] - 1)  # the first whose sum exceeds u
-    return pool.take_along_dim(choice.unsqueeze(-1), dim=-2).squeeze(-2)
+    *leading, N, K = pool.shape
+    log_weight = log_weights(N, temperature)
+    draws = pool.reshape(-1, N, K).cpu().numpy()  # numpy sorts small rows of integers several times faster than torch
+    pools, places, counts = distinct_draws(draws)
+    # The Gumbel-max trick: log w + Gumbel noise is largest for a value with probability w / sum of w, with no sum to overflow.
+    # The noise lies between -7 and 37, so a weight of e^-1000 for each draw short of n counts only where all are short: the
+    # fallback.
+    device = generator.device if generator else torch.device("cpu")
+    real = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    uniform = torch.rand(len(pools), generator=generator, device=device, dtype=real).clamp_min(torch.finfo(real).tiny)
+    noise = -(-uniform.log()).log().cpu().numpy()
+    score = log_weight[counts] + noise
+    largest = np.maximum.reduceat(score, np.searchsorted(pools, np.arange(len(draws))))
+    best = score == largest[pools]
+    chosen = np.empty((len(draws), K), draws.dtype)
+    chosen[pools[best]] = draws[pools[best], places[best]]
+    return torch.from_numpy(chosen).view(*leading, K).to(pool.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """
 `python classroom/benchmark.py`: what the likelihood-free tools cost, on this machine, against the plain way to write them.
 
-Each figure is the median of several runs after a warm-up; figures that are compared were taken in turn, in one run. Memory is
+Each figure is the median of several runs after a warm-up; figures that are compared were taken in turn, in one run. Python's
+garbage collection is on, as it is for users: it is a good half of what the loop of Counters costs. Memory is
 the growth of the process (on a GPU: of torch's allocations) at its peak, measured in a process of its own. Five tables: the
 energy loss, the batch sampler, its bias against the size of the pool (with a picture), the Brier estimate from more samples,
 and generation with a trained model. About three minutes on two CPU cores.
@@ -29,17 +30,18 @@ from calm import brier_score_pairs  # noqa: E402
 from energy_head import energy_loss  # noqa: E402
 
 
-def median_seconds(functions, device, runs=7):
-    """The median time of each function, called in turn, A B A B …, after one warm-up call of each."""
+def median_seconds(functions, device, runs=7, calls=1):
+    """The median over `runs` of a function's mean time in a block of calls; the blocks in turn, A B A B …, after one to warm up."""
     times = [[] for _ in functions]
     for run in range(runs + 1):
         for function, seconds in zip(functions, times):
             started = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             if device == "cuda":
                 torch.cuda.synchronize()
             if run:
-                seconds.append(time.perf_counter() - started)
+                seconds.append((time.perf_counter() - started) / calls)
     return [statistics.median(seconds) for seconds in times]
 
 
@@ -143,7 +145,7 @@ def table_batch_sampler(device):
         chunks = torch.randint(257, (300, 4))
         pool = chunks[P.multinomial(pools * 200, replacement=True)].view(pools, 200, 4).to(device)
         loop, ours = median_seconds(
-            [lambda: counter_loop(pool, 2), lambda: sample.temperature_sample_batch(pool, 0.5)], device, runs=21
+            [lambda: counter_loop(pool, 2), lambda: sample.temperature_sample_batch(pool, 0.5)], device, runs=11, calls=20
         )
         print(f"| {pools} | {1e3 * loop:.2f} | {1e3 * ours:.2f} | {loop / ours:.1f} × |", flush=True)
 

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 NORM_EPS = 1e-6  # of every RMSNorm and LayerNorm, as in the released code
 
@@ -215,29 +217,28 @@ class Autoencoder(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # The released checkpoints: a folder with config.json and pytorch_model.bin or model.safetensors, perhaps in several parts
 
-RELEASED_CONFIG = {  # released: here
-    "vocab_size": "vocab_size", "patch_size": "chunk_size", "latent_size": "latent_size", "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size", "num_encoder_layers": "n_encoder_layers",
-    "num_decoder_layers": "n_decoder_layers", "ae_dropout": "dropout", "kl_clamp": "kl_floor", "kl_weight": "kl_weight",
-}  # fmt: skip
-RELEASED_NAMES = {  # released: here; * is the number of a layer, and both go on with .weight or .bias
-    "encoder.embed_tokens": "embedding",
-    "encoder.encoder_layers.*.layernorm": "encoder_blocks.*.norm",
-    "encoder.encoder_layers.*.mlp.gate_proj": "encoder_blocks.*.mlp.gate",
-    "encoder.encoder_layers.*.mlp.up_proj": "encoder_blocks.*.mlp.up",
-    "encoder.encoder_layers.*.mlp.down_proj": "encoder_blocks.*.mlp.down",
-    "encoder.squeeze_layer": "squeeze",
-    "encoder.norm": "encoder_norm",
-    "encoder.hidden_to_latent": "to_posterior",
-    "decoder.latent_to_hidden": "from_latent",
-    "decoder.decoder_layers.*.layernorm": "decoder_blocks.*.norm",
-    "decoder.decoder_layers.*.mlp.gate_proj": "decoder_blocks.*.mlp.gate",
-    "decoder.decoder_layers.*.mlp.up_proj": "decoder_blocks.*.mlp.up",
-    "decoder.decoder_layers.*.mlp.down_proj": "decoder_blocks.*.mlp.down",
-    "decoder.expand_layer": "expand",
-    "decoder.norm": "decoder_norm",
-    "decoder.lm_head_weight": "embedding.weight",  # tied: the same numbers once more, and the one name without a suffix
-}
+
+def name_table(text):
+    """{"a": "b"} from the text "a=b": names in the released code = names here."""
+    return dict(pair.split("=") for pair in text.split())
+
+
+RELEASED_CONFIG = name_table("""
+    vocab_size=vocab_size  patch_size=chunk_size  latent_size=latent_size  hidden_size=hidden_size
+    intermediate_size=intermediate_size  num_encoder_layers=n_encoder_layers  num_decoder_layers=n_decoder_layers
+    ae_dropout=dropout  kl_clamp=kl_floor  kl_weight=kl_weight
+""")
+# * is the number of a layer; all but the last go on with .weight or .bias. The last are the tied embedding's numbers once more.
+RELEASED_NAMES = name_table("""
+    encoder.embed_tokens=embedding  encoder.encoder_layers.*.layernorm=encoder_blocks.*.norm
+    encoder.encoder_layers.*.mlp.gate_proj=encoder_blocks.*.mlp.gate  encoder.encoder_layers.*.mlp.up_proj=encoder_blocks.*.mlp.up
+    encoder.encoder_layers.*.mlp.down_proj=encoder_blocks.*.mlp.down
+    encoder.squeeze_layer=squeeze  encoder.norm=encoder_norm  encoder.hidden_to_latent=to_posterior
+    decoder.latent_to_hidden=from_latent  decoder.decoder_layers.*.layernorm=decoder_blocks.*.norm
+    decoder.decoder_layers.*.mlp.gate_proj=decoder_blocks.*.mlp.gate  decoder.decoder_layers.*.mlp.up_proj=decoder_blocks.*.mlp.up
+    decoder.decoder_layers.*.mlp.down_proj=decoder_blocks.*.mlp.down
+    decoder.expand_layer=expand  decoder.norm=decoder_norm  decoder.lm_head_weight=embedding.weight
+""")
 
 
 def read_json(path):
@@ -271,29 +272,6 @@ def read_config(folder, architecture, fields):
     return arguments
 
 
-def read_safetensors(path):
-    """
-    {name: tensor} of a safetensors file: 8 bytes n, then n bytes of JSON {name: {dtype, shape, data_offsets}}, then raw bytes.
-    Twenty lines instead of a package, since they *are* the format. The tensors are the mapped file itself, read when used.
-    """
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    size = path.stat().st_size
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
-    start, tensors = 8 + int.from_bytes(bytes(data[:8].tolist()), "little"), {}
-    if start > size:
-        raise ValueError("its header is longer than the file")
-    header = json.loads(bytes(data[8:start].numpy()))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in types or not 0 <= begin <= end <= size - start:
-            raise ValueError(f"{name} is of an unknown type or lies outside the file")
-        part, dtype = data[start + begin : start + end], types[entry["dtype"]]
-        part = part if part.data_ptr() % dtype.itemsize == 0 else part.clone()  # numbers may only begin at such places
-        tensors[name] = part.view(dtype).view(entry["shape"])
-    return tensors
-
-
 def read_weights(folder):
     """{released name: tensor} of all the weight files in a folder, mapped into memory: a page is read when it is first used."""
     folder, weights = Path(folder), {}
@@ -306,12 +284,12 @@ def read_weights(folder):
         for file in files:
             try:
                 if file.suffix == ".safetensors":
-                    weights |= read_safetensors(file)
+                    weights |= load_file(file)
                 else:
                     weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except FileNotFoundError:
                 raise InputError(f"{file} is missing, though {index.name} names it.") from None
-            except (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError, pickle.UnpicklingError):
+            except (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError, pickle.UnpicklingError, SafetensorError):
                 raise InputError(f"{file} cannot be read: it is damaged, or holds something else than weights.") from None
         return weights
     raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")

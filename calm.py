@@ -5,8 +5,9 @@ CALM: a Transformer that predicts the next *vector*, and the score that judges i
                                                                                     |
                                              tokens of chunk i+1  <--frozen autoencoder's decoder--
 
-A sequence of T tokens is L = T/K steps long. The file has three parts: the backbone (an ordinary LLaMA-style Transformer
-with a key/value cache), CALM itself, and the Brier score of its predictions (BrierLM).
+A sequence of T tokens is L = T/K steps long. The file has four parts: the backbone (an ordinary LLaMA-style Transformer with
+a key/value cache), CALM itself, the discrete Transformer it is compared with, and what to compare: the Brier score of
+their predictions (BrierLM) and the arithmetic they cost.
 
 Letters: those of autoencoder.py (B, T, L, K, V, d, l, ...), H attention heads, n samples.
 """
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from autoencoder import NORM_EPS, Autoencoder, AutoencoderConfig, InputError, SwiGLU, init_by_width
 from autoencoder import RELEASED_NAMES as AUTOENCODER_NAMES
-from autoencoder import load_released, read_config, read_weights
+from autoencoder import load_released, name_table, read_config, read_weights
 from energy_head import EnergyHead, energy_loss
 
 
@@ -47,16 +48,38 @@ class CALMConfig:
     def __post_init__(self):
         if not 0 < self.alpha < 2:
             raise InputError(f"alpha must lie strictly between 0 and 2, not {self.alpha}.")
-        for name, value in vars(self).items():
-            if value < 1 and name != "alpha":
-                raise InputError(f"{name} must be at least 1, not {value}.")
+        check_sizes(self)
         if self.n_samples < 2:
             raise InputError("n_samples must be at least 2: the energy score compares samples with each other.")
-        if self.hidden_size % (2 * self.n_heads):
-            raise InputError(f"hidden_size {self.hidden_size} must be a multiple of twice n_heads ({self.n_heads}).")
-        if self.context % self.chunk_size or self.context < 2 * self.chunk_size:
-            near = max(2, self.context // self.chunk_size) * self.chunk_size
-            raise InputError(f"context {self.context} is not a multiple of chunk_size {self.chunk_size} with two chunks or more: try {near}.")
+
+
+@dataclass
+class TransformerConfig:
+    """The discrete model that the paper compares with: its Transformer-S (281 M parameters), except for the vocabulary."""
+
+    vocab_size: int
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    n_layers: int = 12
+    n_heads: int = 12
+    context: int = 2048
+    rope_theta: float = 10_000.0
+    chunk_size = 1  # no field: a step is always one token
+
+    def __post_init__(self):
+        check_sizes(self)
+
+
+def check_sizes(config):
+    """Raises InputError, saying what to change, for sizes that cannot be."""
+    for name, value in vars(config).items():
+        if value < 1 and name != "alpha":
+            raise InputError(f"{name} must be at least 1, not {value}.")
+    if config.hidden_size % (2 * config.n_heads):
+        raise InputError(f"hidden_size {config.hidden_size} must be a multiple of twice n_heads ({config.n_heads}).")
+    if config.context % config.chunk_size or config.context < 2 * config.chunk_size:
+        near = max(2, config.context // config.chunk_size) * config.chunk_size
+        raise InputError(f"context {config.context} is not a multiple of chunk_size {config.chunk_size} with two chunks or more: try {near}.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,8 +169,9 @@ class TransformerBlock(nn.Module):
 
 class Backbone(nn.Module):
     """
-    The Transformer between inputs and hidden states: (B, steps, d) -> (B, steps, d). It need not know what a step is (here:
-    a chunk). Given a cache, it continues after the steps in it. Released code: its `transformer`.
+    The Transformer between inputs and hidden states: (B, steps, d) -> (B, steps, d). It need not know what a step is. Given
+    a cache, it continues after the steps in it. Causal, unless both positions (steps,) and visible (steps, steps in the cache
+    + steps), bool, say otherwise. Released code: its `transformer`.
     """
 
     def __init__(self, config):
@@ -157,10 +181,6 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
 
     def forward(self, x, cache=None, positions=None, visible=None):
-        """
-        x (B, steps, d) -> (B, steps, d). Causal, unless both positions (steps,) and visible (steps, steps in the cache +
-        steps), bool, say otherwise.
-        """
         past, steps = (0 if cache is None else cache.length), x.shape[1]
         if positions is None:
             positions = torch.arange(past, past + steps, device=x.device)
@@ -268,42 +288,28 @@ class CALM(nn.Module):
         return self.autoencoder.decode_tokens(self.head.sample(hidden, n, generator=generator))
 
 
-RELEASED_CONFIG = {  # released: here
-    "vocab_size": "vocab_size", "patch_size": "chunk_size", "latent_size": "latent_size", "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
-    "noise_size": "noise_size", "num_mlp_layers": "n_head_blocks", "num_samples": "n_samples", "beta": "alpha",
-    "max_position_embeddings": "context", "rope_theta": "rope_theta",
-}  # fmt: skip
-RELEASED_NAMES = {  # released: here; * is the number of a layer, and both go on with .weight or .bias
-    "transformer.embed_tokens": "embedding",
-    "embed_proj.0": "compression.0",
-    "embed_proj.2": "compression.2",
-    "embed_proj.3": "compression.3",
-    "transformer.layers.*.input_layernorm": "backbone.blocks.*.attention_norm",
-    "transformer.layers.*.self_attn.q_proj": "backbone.blocks.*.attention.query",
-    "transformer.layers.*.self_attn.k_proj": "backbone.blocks.*.attention.key",
-    "transformer.layers.*.self_attn.v_proj": "backbone.blocks.*.attention.value",
-    "transformer.layers.*.self_attn.o_proj": "backbone.blocks.*.attention.out",
-    "transformer.layers.*.post_attention_layernorm": "backbone.blocks.*.mlp_norm",
-    "transformer.layers.*.mlp.gate_proj": "backbone.blocks.*.mlp.gate",
-    "transformer.layers.*.mlp.up_proj": "backbone.blocks.*.mlp.up",
-    "transformer.layers.*.mlp.down_proj": "backbone.blocks.*.mlp.down",
-    "transformer.norm": "backbone.norm",
-}
-HEAD_NAMES = {
-    "noise_embd": "noise_in",
-    "norm_noise": "noise_norm",
-    "hidden_embd": "hidden_in",
-    "norm_hidden": "hidden_norm",
-    "mlp_blocks.*.in_ln": "blocks.*.norm",
-    "mlp_blocks.*.linears.0": "blocks.*.linear_in",
-    "mlp_blocks.*.linears.2": "blocks.*.linear_mid",
-    "mlp_blocks.*.linears.4": "blocks.*.linear_out",
-    "mlp_blocks.*.down_proj": "blocks.*.down",
-    "final_layer.in_ln": "final_norm",
-    "final_layer.linears.0": "final_in",
-    "final_layer.linears.2": "final_out",
-}
+RELEASED_CONFIG = name_table("""
+    vocab_size=vocab_size  patch_size=chunk_size  latent_size=latent_size  hidden_size=hidden_size
+    intermediate_size=intermediate_size  num_hidden_layers=n_layers  num_attention_heads=n_heads  noise_size=noise_size
+    num_mlp_layers=n_head_blocks  num_samples=n_samples  beta=alpha  max_position_embeddings=context  rope_theta=rope_theta
+""")
+RELEASED_NAMES = name_table("""
+    transformer.embed_tokens=embedding  embed_proj.0=compression.0  embed_proj.2=compression.2  embed_proj.3=compression.3
+    transformer.layers.*.input_layernorm=backbone.blocks.*.attention_norm
+    transformer.layers.*.self_attn.q_proj=backbone.blocks.*.attention.query
+    transformer.layers.*.self_attn.k_proj=backbone.blocks.*.attention.key
+    transformer.layers.*.self_attn.v_proj=backbone.blocks.*.attention.value
+    transformer.layers.*.self_attn.o_proj=backbone.blocks.*.attention.out
+    transformer.layers.*.post_attention_layernorm=backbone.blocks.*.mlp_norm
+    transformer.layers.*.mlp.gate_proj=backbone.blocks.*.mlp.gate  transformer.layers.*.mlp.up_proj=backbone.blocks.*.mlp.up
+    transformer.layers.*.mlp.down_proj=backbone.blocks.*.mlp.down  transformer.norm=backbone.norm
+""")
+HEAD_NAMES = name_table("""
+    noise_embd=noise_in  norm_noise=noise_norm  hidden_embd=hidden_in  norm_hidden=hidden_norm  mlp_blocks.*.in_ln=blocks.*.norm
+    mlp_blocks.*.linears.0=blocks.*.linear_in  mlp_blocks.*.linears.2=blocks.*.linear_mid
+    mlp_blocks.*.linears.4=blocks.*.linear_out  mlp_blocks.*.down_proj=blocks.*.down  final_layer.in_ln=final_norm
+    final_layer.linears.0=final_in  final_layer.linears.2=final_out
+""")
 RELEASED_NAMES |= {f"ae_model.{released}": f"autoencoder.{here}" for released, here in AUTOENCODER_NAMES.items()}
 RELEASED_NAMES |= {f"generative_head.{released}": f"head.{here}" for released, here in HEAD_NAMES.items()}
 RELEASED_NAMES |= {f"mlp_generator.{released}": f"head.{here}" for released, here in HEAD_NAMES.items()}  # the head once more
@@ -321,6 +327,45 @@ def config_of_copy(weights, config):
     inner = shapes["encoder.encoder_layers.0.mlp.gate_proj.weight"][0]
     n_layers = [len({name for name in shapes if re.match(rf"{side}\.{side}_layers\.\d+\.layernorm", name)}) for side in ("encoder", "decoder")]
     return AutoencoderConfig(config.vocab_size, config.chunk_size, config.latent_size, d, inner, *n_layers)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The discrete Transformer, for comparison
+
+
+class TransformerLM(nn.Module):
+    """
+    The ordinary language model on the same backbone: one token a step, a softmax over the vocabulary, cross-entropy. Its
+    methods have the names and shapes of CALM's with K = 1, so whatever draws from CALM can draw from it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.backbone = Backbone(config)
+        self.unembedding = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(init_by_width)
+
+    def hidden_states(self, tokens, cache=None, positions=None, visible=None):
+        """(B, T) -> (B, T, d). The state at token i has seen tokens 0 to i and predicts token i+1. The rest: see `Backbone`."""
+        return self.backbone(self.embedding(tokens), cache, positions, visible)
+
+    def log_likelihood(self, tokens):
+        """(B, T) -> (B, T-1): log P(token i | the tokens before it), in nats, from the second token on."""
+        logits = self.unembedding(self.hidden_states(tokens[:, :-1]))
+        return -F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+
+    def forward(self, tokens):
+        """tokens (B, T)  ->  loss (the cross-entropy, nats per token), metrics (empty: the loss says it all)."""
+        return -self.log_likelihood(tokens).mean(), {}
+
+    @torch.no_grad()
+    def draw_chunks(self, hidden, n, generator=None, temperature=1.0):
+        """n independent draws of the next token: (..., d) -> (n, ..., 1) int. With logits, any temperature > 0 is a division."""
+        P = (self.unembedding(hidden).float() / temperature).softmax(-1)
+        draws = P.flatten(0, -2).multinomial(n, replacement=True, generator=generator)  # (rows, n)
+        return draws.T.reshape(n, *hidden.shape[:-1], 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -365,43 +410,67 @@ def brier_lm(brier):
     return 100 * math.prod(factors) ** (1 / len(factors))
 
 
-def draw_continuations(model, tokens, n, generator=None):
+def grow_branches(model, tokens, n, n_chunks, at, generator=None):
     """
-    n independent continuations, each of ceil(4/K) chunks and so of 4 tokens or more, after each chunk of a text that has as
-    many chunks after it: tokens (B, T)  ->  continuations (n, B, positions, >= 4), and the text there (B, positions, >= 4).
-    For K >= 4 one chunk is enough. For K < 4 several must be generated, each from its own history. That is done for all
-    positions at once: the text is the stem of a tree, and the continuation of chunk i a branch that sees the stem up to i
+    Continues a text by n_chunks chunks, n times, after each of the chunks `at` (positions,): tokens (B, T). Yields, for each
+    chunk to come, the hidden states it is drawn from, (n, B, positions, d) or (1, …), and the draws, (n, B, positions, K).
+
+    All positions at once: the text is the stem of a tree, and the continuation of chunk i a branch that sees the stem up to i
     and itself. So the j-th chunks of all branches are one pass, in which branch i stands at position i + j.
     """
-    B, K = len(tokens), model.config.chunk_size
-    n_chunks = math.ceil(4 / K)
+    B = len(tokens)
     cache = KVCache() if n_chunks > 1 else None
     hidden = model.hidden_states(tokens, cache)  # the stem
-    positions = hidden.shape[1] - n_chunks
-    path = [model.draw_chunks(hidden[:, :positions], n, generator=generator)]  # (n, B, positions, K): the next chunk
-    if cache is not None:
+    visible = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool, device=tokens.device).tril()[at]
+    hidden = hidden[:, at]
+    chunk = model.draw_chunks(hidden, n, generator=generator)
+    yield hidden.unsqueeze(0), chunk
+    if n_chunks > 1:
         cache.repeat(n)
-    branch = torch.arange(positions, device=tokens.device)
-    visible = torch.ones(positions, hidden.shape[1], dtype=torch.bool, device=tokens.device).tril()
     for j in range(1, n_chunks):
-        visible = torch.cat([visible, torch.eye(positions, device=tokens.device).bool()], dim=1)
-        hidden = model.hidden_states(path[-1].reshape(n * B, -1), cache, branch + j, visible)
-        path.append(model.draw_chunks(hidden, 1, generator=generator).view(n, B, positions, K))
-    drawn = torch.cat(path, dim=-1)
-    truth = tokens[:, K:].unfold(1, n_chunks * K, K)  # (B, positions, n_chunks · K): one window a chunk
-    return drawn, truth
+        visible = torch.cat([visible, torch.eye(len(at), device=tokens.device).bool()], dim=1)
+        hidden = model.hidden_states(chunk.reshape(n * B, -1), cache, at + j, visible).unflatten(0, (n, B))
+        chunk = model.draw_chunks(hidden, 1, generator=generator)[0]
+        yield hidden, chunk
+
+
+def draw_continuations(model, tokens, at, n, generator=None):
+    """
+    n continuations of at least 4 tokens after the chunks `at` of a text, and the text there: tokens (B, T), at (positions,)
+    ->  (n, B, positions, >= 4), (B, positions, >= 4). For K < 4 several chunks are generated, each from its own history.
+    """
+    K, n_chunks = model.config.chunk_size, math.ceil(4 / model.config.chunk_size)
+    drawn = torch.cat([chunk for _, chunk in grow_branches(model, tokens, n, n_chunks, at, generator)], dim=-1)
+    return drawn, tokens[:, K:].unfold(1, n_chunks * K, K)[:, at]
+
+
+def brier_by_likelihoods(model, tokens, at, generator=None):
+    """
+    Brier-1 … 4 of a TransformerLM after the tokens `at`: (B, T), (positions,) -> (B, positions, 4). Its likelihoods say P(y)
+    exactly. The sum over all n-grams x is too long, but its last factor
+    is exact too, and one sampled path, on which the probabilities are known, is an unbiased estimate of the rest:
+        sum_x P(x)^2  =  E over x ~ P of   P(x_1 … x_{n-1}) · sum_v P(v | x_1 … x_{n-1})^2 .
+    """
+    hits = model.log_likelihood(tokens).unfold(1, 4, 1)[:, at].cumsum(-1).exp()  # P(the next n tokens), n = 1 … 4
+    collisions, path = [], torch.ones(len(tokens), len(at), device=tokens.device)
+    for hidden, chunk in grow_branches(model, tokens, 1, 4, at, generator):
+        P = model.unembedding(hidden[0]).softmax(-1)
+        collisions.append(path * P.square().sum(-1))
+        path = path * P.take_along_dim(chunk[0], -1).squeeze(-1)
+    return 2 * hits - torch.stack(collisions, dim=-1)
 
 
 @torch.no_grad()
-def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4, generator=None):
+def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4, positions=None, generator=None):
     """
-    Brier-1 … 4 and BrierLM of a model on a text, with standard errors and with the protocol, which is part of the score: in
-    an independent reproduction another length of context changed it by 30 %.
+    Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, with standard errors and with the protocol, which is part
+    of the score: in an independent reproduction another length of context changed it by 30 %.
 
     tokens (T,) int are cut into sequences of `context` tokens (a multiple of K; a rest is left out), and each chunk is
-    predicted from the sequence before it, `n_samples` times. Returns {"brier": [4], "brier_se": [4], "brier_lm",
-    "brier_lm_se", "context", "positions"}; Brier-n are at most 1, BrierLM at most 100, and standard errors NaN for a single
-    sequence. Raises InputError for a text shorter than one context.
+    predicted from the sequence before it (CALM: `n_samples` times); `positions`: no more than that many chunks of a
+    sequence, at random places. Returns {"brier": [4], "brier_se": [4], "brier_lm", "brier_lm_se", "context", "positions"};
+    Brier-n are at most 1, BrierLM at most 100, and standard errors NaN for a single sequence. Raises InputError for a text
+    shorter than one context.
     """
     K = model.config.chunk_size
     if context % K or context < K + 4:
@@ -409,10 +478,15 @@ def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4, generator
     if len(tokens) < context:
         raise InputError(f"the text to evaluate has {len(tokens)} tokens, less than one context of {context}.")
     device = next(model.parameters()).device
+    available = context // K - math.ceil(4 / K)  # chunks with 4 tokens or more after them
     scores = []  # (4,) for each sequence: sequences are independent pieces of text, the tokens in one are not
     for batch in tokens[: len(tokens) // context * context].view(-1, context).split(batch_size):
-        samples, truth = draw_continuations(model, batch.to(device), n_samples, generator)
-        scores.append(brier_score_pairs(samples, truth).mean(1).cpu())
+        at = torch.randperm(available, generator=generator, device=device)[:positions].sort().values
+        if isinstance(model, TransformerLM):
+            score = brier_by_likelihoods(model, batch.to(device), at, generator)
+        else:
+            score = brier_score_pairs(*draw_continuations(model, batch.to(device), at, n_samples, generator))
+        scores.append(score.mean(1).cpu())
     scores = torch.cat(scores)
 
     # The bootstrap: how much do the figures move when the sequences are drawn again, from themselves, with replacement?
@@ -423,5 +497,45 @@ def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4, generator
     return {
         "brier": scores.mean(0).tolist(), "brier_se": (known * resampled.std(0)).tolist(),
         "brier_lm": brier_lm(scores.mean(0)), "brier_lm_se": known * resampled_lm.std().item(),
-        "context": context, "positions": len(scores) * truth.shape[1],
+        "context": context, "positions": len(scores) * len(at),
     }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compute
+
+
+def flops_per_token(config, autoencoder=None, draws=1):
+    """
+    (training, inference): floating-point operations per token of the model with that config: an AutoencoderConfig, a
+    TransformerConfig, or a CALMConfig with its AutoencoderConfig. Matrix products alone, as is usual; a multiply-add counts 2.
+
+    Training costs 3 forward passes except where noted, the backward pass being twice as long, in sequences of config.context
+    tokens. Inference is one step at the end of such a sequence, its chunk chosen from `draws` draws. Masked attention counts too.
+    """
+    c, K, d = config, config.chunk_size, config.hidden_size
+    swiglu = 6 * d * c.intermediate_size
+    if isinstance(c, AutoencoderConfig):
+        encoder, decoder = autoencoder_flops(c)
+        return 3 * (encoder + decoder) / K, (encoder + decoder) / K
+    steps = c.context // K - 1  # with something to predict
+    backbone = c.n_layers * (8 * d * d + 4 * steps * d + swiglu)
+    if isinstance(c, TransformerConfig):
+        forward = backbone + 2 * d * c.vocab_size
+        return 3 * forward * steps / c.context, forward
+    encoder, decoder = autoencoder_flops(autoencoder)
+    l, M, N = c.latent_size, c.n_targets, c.n_samples
+    once = 4 * (K + 1) * d * d + backbone + 2 * (1 + c.n_head_blocks) * d * d  # compression, Transformer, what h gives the head
+    noise = 2 * c.noise_size * d
+    draw = noise + (10 * c.n_head_blocks + 2) * d * d + 2 * d * l  # what each draw adds
+    loss = 2 * M * l + 2 * 2 * N * M * l + 3 * 2 * N * N * l  # norms of the targets; distances to them; between the samples
+    training = 3 * (once + N * draw) - N * noise + loss + encoder  # nobody asks for the noise's gradient, or the encoder's
+    return training * steps / c.context, (once + draws * (draw + decoder)) / K
+
+
+def autoencoder_flops(c):
+    """(encoder, decoder): floating-point operations per chunk of a forward pass, from an AutoencoderConfig."""
+    K, d, l = c.chunk_size, c.hidden_size, c.latent_size
+    block = 6 * d * c.intermediate_size * (K + 1) // 2  # half of the blocks see the K tokens apart, half the chunk
+    encoder = c.n_encoder_layers * block + 2 * K * d * d + 4 * d * l
+    return encoder, c.n_decoder_layers * block + 2 * l * d + 2 * K * d * d + 2 * K * d * c.vocab_size

@@ -11,20 +11,21 @@ Letters: those of autoencoder.py (B, T, K, d, ...), N draws in a pool; in formul
 import argparse
 import base64
 import functools
+import gzip
 import itertools
+import lzma
 import math
 import os
 import pickle
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig, InputError
-from calm import CALM, CALMConfig, KVCache
+from calm import CALM, CALMConfig, KVCache, TransformerConfig, TransformerLM
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Temperature
@@ -140,8 +141,7 @@ def temperature_sample_batch(pool, temperature, generator=None):
     draws = pool.reshape(-1, N, K).cpu().numpy()  # numpy sorts small rows of integers several times faster than torch
     pools, places, counts = distinct_draws(draws)
     # The Gumbel-max trick: log w + Gumbel noise is largest for a value with probability w / sum of w, with no sum to overflow.
-    # The noise lies between -7 and 37, so a weight of e^-1000 for each draw short of n counts only where all are short: the
-    # fallback.
+    # The noise lies between -7 and 37: the weight e^-1000 for each draw short of n counts only where all are short, the fallback.
     device = generator.device if generator else torch.device("cpu")
     real = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     uniform = torch.rand(len(pools), generator=generator, device=device, dtype=real).clamp_min(torch.finfo(real).tiny)
@@ -187,10 +187,10 @@ def draws_that_begin_with(model, hidden, beginning, n, max_draws, generator=None
 def generate(model, prompt, n_tokens, temperature=1.0, method="batch", pool=200, generator=None, lead=None,
              max_draws=20_000, draws_used=None):  # fmt: skip
     """
-    Continue each prompt by n_tokens tokens: prompt (B, T) int, T >= 1  ->  (B, T + n_tokens) int. At temperature 1 a step is
-    one draw. Below, the method is "batch" (choose from `pool` draws) or "exact" (draw until the factory accepts, raising
-    InputError after 1 000 · max_draws). The list `draws_used`, if given, gets the number of draws that were read for
-    each chunk, without those that did not begin with the prompt's last tokens.
+    Continue each prompt by n_tokens tokens: prompt (B, T) int, T >= 1  ->  (B, T + n_tokens) int. At temperature 1 (of a
+    TransformerLM: at any) a step is one draw. Below, the method is "batch" (choose from `pool` draws) or "exact" (draw until
+    the factory accepts, raising InputError after 1 000 · max_draws). The list `draws_used`, if given, gets the number of
+    draws that were read for each chunk, without those that did not begin with the prompt's last tokens.
 
     - A prompt's last T mod K tokens fill no chunk: they are the beginning of the first chunk to be generated, which
       `draws_that_begin_with` draws. So nothing is padded inside the text, where training has never shown padding.
@@ -203,6 +203,9 @@ def generate(model, prompt, n_tokens, temperature=1.0, method="batch", pool=200,
     B, T = prompt.shape
     if T < 1:
         raise ValueError("generate needs a prompt of at least one token")
+    draw_chunks = model.draw_chunks
+    if isinstance(model, TransformerLM):  # its logits can be divided by the temperature: what is drawn then needs none
+        draw_chunks, temperature = functools.partial(draw_chunks, temperature=temperature), 1.0
     n = 1 if inverse_temperature(temperature) == (1, 0.0) else pool
     longest = model.config.context // K - 1  # chunks of history
     in_front = max(0, K - T)
@@ -225,7 +228,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, method="batch", pool=200,
                 rows.append(row)
             chunk, left_over = torch.stack(rows), left_over[:, :0]  # tokens are left over only before the first chunk
         else:
-            draws = model.draw_chunks(hidden, n, generator=generator)  # (n, B, K)
+            draws = draw_chunks(hidden, n, generator=generator)  # (n, B, K)
             chunk = temperature_sample_batch(draws.transpose(0, 1), temperature, generator)
         if draws_used is not None:
             draws_used.extend(used)
@@ -252,12 +255,20 @@ LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *_reserved[:4], "<|sta
 PIECES = r" ?\p{L}{1,40}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,20}|\s{1,20}"
 
 
-def read_text(path):
-    """A text file's contents. Raises InputError, naming the file, if that cannot be read."""
+def read_file(path):
+    """The text of a file, `.gz` and `.xz` opened. Raises InputError if it is missing, unreadable or no text."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], open)
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}.") from None
+        with opener(path, "rb") as f:
+            data = f.read()
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if b"\0" in data:
+        raise InputError(f"{path} is not text: it holds NUL bytes.")
+    text = data.decode("utf-8", errors="replace")
+    if wrong := text.count("\ufffd"):
+        print(f"note: {path} is not all UTF-8: {wrong} places are read as \ufffd.", file=sys.stderr)
+    return text
 
 
 def make_encoding(ranks, pattern=PIECES, special_tokens=None):
@@ -291,7 +302,7 @@ def load_tokenizer(name_or_file):
     which holds its ranks alone: the pattern and the special tokens are in the code that reads it.
     """
     if os.path.exists(name_or_file):
-        ranks = ranks_from_text(read_text(name_or_file), name_or_file)
+        ranks = ranks_from_text(read_file(name_or_file), name_or_file)
         if os.path.basename(name_or_file) != "tokenizer.model":
             return make_encoding(ranks)
         return make_encoding(ranks, LLAMA3_PIECES, {token: len(ranks) + i for i, token in enumerate(LLAMA3_SPECIAL)})
@@ -330,21 +341,17 @@ def load_checkpoint(out_dir, name):
     return checkpoint, make_encoding(ranks_from_text(saved["ranks"], path), saved["pattern"], saved["special_tokens"])
 
 
-def load_autoencoder(out_dir):
-    """The trained autoencoder, its tokenizer, and its part of summary.json."""
-    checkpoint, encoding = load_checkpoint(out_dir, "autoencoder")
-    model = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"])).eval()
+def load_model(out_dir, name):
+    """The trained "autoencoder", "calm" (its frozen autoencoder inside) or "baseline", its tokenizer, its part of summary.json."""
+    checkpoint, encoding = load_checkpoint(out_dir, name)
+    if name == "baseline":
+        model = TransformerLM(TransformerConfig(**checkpoint["baseline_config"]))
+    else:
+        model = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
+    if name == "calm":
+        model = CALM(CALMConfig(**checkpoint["calm_config"]), model)
     model.load_state_dict(checkpoint["weights"])
-    return model, encoding, checkpoint["summary"]
-
-
-def load_calm(out_dir):
-    """The trained CALM, its frozen autoencoder inside, and its tokenizer."""
-    checkpoint, encoding = load_checkpoint(out_dir, "calm")
-    autoencoder = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
-    model = CALM(CALMConfig(**checkpoint["calm_config"]), autoencoder).eval()
-    model.load_state_dict(checkpoint["weights"])
-    return model, encoding
+    return model.eval(), encoding, checkpoint.get("summary")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -384,13 +391,14 @@ def run(main):
 def main():
     parser = argparse.ArgumentParser(description="Write text with a trained model.")
     parser.add_argument("--out_dir", default="out/quick", help="where train.py left calm.pt (default: out/quick)")
+    parser.add_argument("--model", choices=("calm", "baseline"), default="calm", help="which of the models there (default: calm)")
     parser.add_argument("--pretrained", metavar="DIR", help="instead of --out_dir: a folder of the released layout")
     parser.add_argument("--autoencoder", metavar="DIR", help="with --pretrained: the folder of another copy of its autoencoder")
     parser.add_argument("--tokenizer", metavar="FILE", help="with --pretrained: its tokenizer.model, or another file of ranks")
     parser.add_argument("--prompt", default="\n", help="the text to continue, or FILE:path (default: an empty line)")
     parser.add_argument("--n_tokens", type=int, default=500, help="tokens to write (default: 500)")
     parser.add_argument("--n_samples", type=int, default=1, help="texts to write (default: 1)")
-    parser.add_argument("--temperature", type=float, default=0.5, help="above 0, at most 1 (default: 0.5)")
+    parser.add_argument("--temperature", type=float, default=0.5, help="above 0; for CALM at most 1 (default: 0.5)")
     parser.add_argument("--method", choices=("batch", "exact"), default="batch",
                         help="choose from a pool of draws, or draw until a Bernoulli factory accepts (default: batch)")  # fmt: skip
     parser.add_argument("--pool", type=int, default=200, help="draws to choose a chunk from when T < 1 (default: 200)")
@@ -398,10 +406,13 @@ def main():
     parser.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
 
-    inverse_temperature(args.temperature)
+    if args.model == "calm":
+        inverse_temperature(args.temperature)
+    elif not 0 < args.temperature < math.inf:
+        raise InputError(f"the temperature must be above 0, not {args.temperature:g}.")
     if min(args.n_tokens, args.n_samples, args.pool) < 1:
         raise InputError("--n_tokens, --n_samples and --pool must be at least 1.")
-    prompt = read_text(args.prompt[5:]) if args.prompt.startswith("FILE:") else args.prompt
+    prompt = read_file(args.prompt[5:]) if args.prompt.startswith("FILE:") else args.prompt
     device = pick_device(args.device)
     if args.pretrained:
         if not args.tokenizer:
@@ -410,7 +421,7 @@ def main():
         if len(encoding._mergeable_ranks) > model.config.vocab_size:
             raise InputError(f"{args.tokenizer} has more tokens than the model's vocabulary of {model.config.vocab_size}.")
     else:
-        model, encoding = load_calm(args.out_dir)
+        model, encoding, _ = load_model(args.out_dir, args.model)
     n_prompt, longest = len(encoding.encode_ordinary(prompt)), model.config.context - model.config.chunk_size
     if n_prompt > longest:
         warnings.warn(f"the prompt has {n_prompt} tokens and the model sees {longest}: its end is what counts.")
@@ -419,7 +430,7 @@ def main():
     for i in range(args.n_samples):
         text = write_text(model, encoding, prompt, args.n_tokens, args.temperature, args.method, args.pool, generator, draws_used)
         print("\n" + "-" * 80 + "\n" if i else "", text, sep="")
-    if args.temperature < 1:
+    if args.temperature < 1 and args.model == "calm":
         print(f"{sum(draws_used) / len(draws_used):,.1f} draws per chunk, at most {max(draws_used):,}", file=sys.stderr)
 
 

@@ -7,11 +7,9 @@ The file is a straight line from top to bottom: settings, text, tokenizer, the o
 """
 
 import argparse
-import gzip
 import hashlib
 import heapq
 import json
-import lzma
 import math
 import os
 import random
@@ -32,7 +30,7 @@ import torch
 
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig, InputError
-from calm import CALM, CALMConfig, evaluate_brier
+from calm import CALM, CALMConfig, TransformerConfig, TransformerLM, evaluate_brier, flops_per_token
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. Each row is a flag, each preset a column of defaults.
@@ -60,7 +58,8 @@ SETTINGS = {
 BETAS, WEIGHT_DECAY, GRADIENT_CLIP = (0.9, 0.95), 0.1, 1.0  # AdamW, as published
 REPORTS = 12  # reports in a stage
 REPORT_CHUNKS = 10_000  # held-out chunks that the autoencoder is tried on
-REPORT_SEQUENCES, FINAL_SEQUENCES = 64, 1024  # held-out sequences that CALM is scored on: in a report, and at the end
+REPORT_SEQUENCES, FINAL_SEQUENCES = 64, 1024  # held-out sequences that a model is scored on: in a report, and at the end
+BRIER_POSITIONS = 64  # places in each of them, at most
 NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # standard deviations on z, for the picture
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 800, 0.5
 
@@ -69,8 +68,8 @@ def parse_settings():
     """The preset's column, overridden by the flags that were given. Raises InputError for a value that cannot be."""
     parser = argparse.ArgumentParser(description="Train CALM from plain text. Any flag overrides the preset's value.")
     parser.add_argument("--preset", choices=PRESETS, default="quick", help="a set of defaults (default: quick)")
-    stages = ("all", "autoencoder", "calm")
-    parser.add_argument("--stage", choices=stages, default="all", help="calm takes the autoencoder and the tokenizer that are in --out_dir (default: all)")
+    parser.add_argument("--stage", choices=("all", "autoencoder", "calm", "baseline"), default="all", help=(
+        "calm takes the autoencoder and the tokenizer that are in --out_dir; baseline is a discrete Transformer (default: all)"))
     parser.add_argument("--out_dir", metavar="DIR", help="everything a run writes goes there (default: out/<preset>)")
     parser.add_argument("--tokenizer", metavar="NAME_OR_FILE", help="instead of --vocab_size: gpt2, …, or a ranks file")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -91,14 +90,16 @@ def parse_settings():
 
 
 def model_configs(settings, vocab_size):
-    """The two models' configs. Raises InputError for sizes that do not fit together."""
+    """The configs of autoencoder, CALM and baseline. Raises InputError for sizes that do not fit together."""
     shared = (vocab_size, settings.chunk_size, settings.latent_size)
     d = settings.autoencoder_hidden_size
     autoencoder = AutoencoderConfig(*shared, d, intermediate_size=d * 5 // 2)  # the published proportion, 512 : 1280
     d = settings.hidden_size
     inner = math.ceil(d * 8 / 3 / 64) * 64  # LLaMA's rule for the width of SwiGLU: 1024 gives the published 2752
-    names = ("n_layers", "n_heads", "n_head_blocks", "n_samples", "context")
-    return autoencoder, CALMConfig(*shared, d, inner, **{name: getattr(settings, name) for name in names})
+    n_layers, n_heads, context = settings.n_layers, settings.n_heads, settings.context
+    head = {"n_head_blocks": settings.n_head_blocks, "n_samples": settings.n_samples}
+    calm = CALMConfig(*shared, d, inner, n_layers, n_heads, context=context, **head)
+    return {"autoencoder": autoencoder, "calm": calm, "baseline": TransformerConfig(vocab_size, d, inner, n_layers, n_heads, context)}
 
 
 def write_atomically(path, write):
@@ -173,22 +174,6 @@ def download(url):
     return path
 
 
-def read_file(path):
-    """The text of a file, `.gz` and `.xz` opened. Raises InputError if it is missing, unreadable or no text."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], open)
-    try:
-        with opener(path, "rb") as f:
-            data = f.read()
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    if b"\0" in data:
-        raise InputError(f"{path} is not text: it holds NUL bytes.")
-    text = data.decode("utf-8", errors="replace")
-    if wrong := text.count("\ufffd"):
-        print(f"note: {path} is not all UTF-8: {wrong} places are read as \ufffd.", file=sys.stderr)
-    return text
-
-
 def read_documents(source):
     """The documents of a source, strings: each file is one, or several where the mark `<|endoftext|>` separates them."""
     if source == "shakespeare":
@@ -197,7 +182,7 @@ def read_documents(source):
         source = download(source)
     source = Path(source)
     files = sorted(path for path in source.iterdir() if path.is_file() and path.name[0] != ".") if source.is_dir() else [source]
-    parts = [part for path in files for part in read_file(path).split(sample.END_OF_TEXT)]
+    parts = [part for path in files for part in sample.read_file(path).split(sample.END_OF_TEXT)]
     if not any(part.strip() for part in parts):
         raise InputError(f"there is no text in {source}.")
     return [part.strip("\n") + "\n" for part in parts if part.strip()]
@@ -365,7 +350,7 @@ def log_report(out_dir, row, steps, text):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The two stages
+# The stages
 
 
 def save_checkpoint(out_dir, kind, model, encoding, **more):
@@ -378,12 +363,12 @@ def save_checkpoint(out_dir, kind, model, encoding, **more):
 
 def train_autoencoder(settings, train, validation, encoding):
     """Stage 1. Leaves autoencoder.pt; returns the model and its part of summary.json."""
-    config, _ = model_configs(settings, encoding.n_vocab)
+    config = model_configs(settings, encoding.n_vocab)["autoencoder"]
     K, steps, batch = config.chunk_size, settings.autoencoder_steps, settings.autoencoder_batch_size
     model = Autoencoder(config).to(settings.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"autoencoder: {parameters:,} parameters, {K} tokens <-> {config.latent_size} numbers")
-    write_log(settings.out_dir, [])
+    write_log(settings.out_dir, [row for row in read_log(settings.out_dir) if row["stage"] == "baseline"])
     held_out = validation[: len(validation) // K * K].view(-1, K)[:REPORT_CHUNKS].long().to(settings.device)
 
     def report(step, seconds, metrics):
@@ -397,58 +382,67 @@ def train_autoencoder(settings, train, validation, encoding):
     seconds = optimise(model, lambda: random_windows(train, batch, K), steps, settings.autoencoder_lr, report)
     by_noise = {str(noise): model.accuracy(held_out, noise) for noise in NOISE_LEVELS}
     summary = {"accuracy": by_noise["0.0"], "accuracy_noise_0.3": by_noise["0.3"], "accuracy_by_noise": by_noise}
-    summary |= {"parameters": parameters, "seconds": seconds}
+    tokens = steps * batch * K
+    summary |= {"parameters": parameters, "seconds": seconds, "tokens": tokens, "training_flops": tokens * flops_per_token(config)[0]}
     save_checkpoint(settings.out_dir, "autoencoder", model, encoding, autoencoder_config=asdict(config), summary=summary)
     return model, summary
 
 
 @torch.no_grad()
-def evaluate(model, sequences, batch_size):
+def evaluate(model, sequences, batch_size, tokens_per_byte):
     """
-    CALM on held-out sequences (n, T) int, as one dict: the terms of its loss, all of `evaluate_brier`, and the decoder's
-    confidence in the head's draws, its probability of its own best chunk: near 1 at a posterior, less between two of them.
+    A model on held-out sequences (n, T) int, as one dict: all of `evaluate_brier`, its loss and, for CALM, the loss's terms and
+    the decoder's confidence in the head's draws: its probability of its best chunk, 1 at a posterior, less between two.
     """
     totals, device = Counter(), next(model.parameters()).device
     for batch in sequences.to(device).split(batch_size):
         loss, metrics = model(batch)
-        latent = model.head.sample(model.hidden_states(batch), 1)
-        parts = latent.flatten(0, -2).split(1024)  # in slices, as in `decode_tokens`: all their logits at once would be large
-        confidence = torch.cat([model.autoencoder.decode(part).softmax(-1).amax(-1).prod(-1) for part in parts]).mean()
-        metrics |= {"val_loss": loss.item(), "confidence": confidence.item()}
+        metrics["val_loss"] = loss.item()
+        if isinstance(model, CALM):
+            latent = model.head.sample(model.hidden_states(batch), 1)
+            parts = latent.flatten(0, -2).split(1024)  # in slices, as in `decode_tokens`: all their logits at once would be large
+            confidence = torch.cat([model.autoencoder.decode(part).softmax(-1).amax(-1).prod(-1) for part in parts])
+            metrics["confidence"] = confidence.mean().item()
+        else:
+            metrics["bits_per_byte"] = loss.item() * tokens_per_byte / math.log(2)
         totals.update({name: value * len(batch) / len(sequences) for name, value in metrics.items()})
-    generator = torch.Generator(device).manual_seed(0)
-    return {**totals, **evaluate_brier(model, sequences.flatten(), sequences.shape[1], batch_size, generator=generator)}
+    generator, context = torch.Generator(device).manual_seed(0), sequences.shape[1]
+    return {**totals, **evaluate_brier(model, sequences.flatten(), context, batch_size, positions=BRIER_POSITIONS, generator=generator)}
 
 
-def describe_brier(brier):
-    """Brier-1 … 4 (× 100) and BrierLM with its standard error, as text."""
-    parts = " ".join(f"{100 * b:.1f}" for b in brier["brier"])
-    return f"Brier-1…4 {parts}  BrierLM {brier['brier_lm']:.2f} ± {brier['brier_lm_se']:.2f}"
+def describe(row):
+    """The loss and the score of a report, as text."""
+    terms = "{val_loss:.3f} = 2 · fidelity {fidelity:.3f} - diversity {diversity:.3f}  confidence {confidence:.2f}"
+    terms = terms if "fidelity" in row else "{val_loss:.3f} nats per token = {bits_per_byte:.3f} bits per byte"
+    brier = " ".join(f"{100 * b:.1f}" for b in row["brier"])
+    return f"held out: {terms}  Brier-1…4 {brier}  BrierLM {{brier_lm:.2f}} ± {{brier_lm_se:.2f}}".format(**row)
 
 
-def train_calm(settings, train, validation, encoding, autoencoder):
-    """Stage 2. Leaves calm.pt; returns the model, its part of summary.json, and the protocol of its score."""
-    _, config = model_configs(settings, encoding.n_vocab)
+def train_language_model(settings, train, validation, encoding, autoencoder=None):
+    """Stage 2, or the baseline if no autoencoder is given. Leaves `kind`.pt; returns the model, its summary, its score's protocol."""
+    kind = "calm" if autoencoder else "baseline"
+    config = model_configs(settings, encoding.n_vocab)[kind]
     context, steps, batch = config.context, settings.steps, settings.batch_size
-    model = CALM(config, autoencoder).to(settings.device)
+    model = (CALM(config, autoencoder) if autoencoder else TransformerLM(config)).to(settings.device)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"CALM: {parameters:,} parameters, {context} tokens = {context // config.chunk_size} steps of {config.chunk_size}")
-    write_log(settings.out_dir, [row for row in read_log(settings.out_dir) if row["stage"] == "autoencoder"])
+    print(f"{kind}: {parameters:,} parameters, {context} tokens = {context // config.chunk_size} steps of {config.chunk_size}")
+    write_log(settings.out_dir, [row for row in read_log(settings.out_dir) if row["stage"] != kind])
     held_out = validation[: len(validation) // context * context].view(-1, context)[:FINAL_SEQUENCES].long()
+    text = held_out[held_out < len(encoding._mergeable_ranks)]  # without the special tokens
+    tokens_per_byte = held_out.numel() / len(encoding.decode_bytes(text.tolist()))
 
     def report(step, seconds, metrics):
-        row = {"stage": "calm", "step": step, "seconds": seconds, "tokens": step * batch * context, "train_loss": metrics["loss"]}
-        row |= evaluate(model, held_out[:REPORT_SEQUENCES], batch)
-        log_report(settings.out_dir, row, steps, (
-            f"loss {row['train_loss']:.3f}  held out: {row['val_loss']:.3f} = 2 · fidelity {row['fidelity']:.3f} - diversity "
-            f"{row['diversity']:.3f}  confidence {row['confidence']:.2f}  {describe_brier(row)}"
-        ))  # fmt: skip
+        row = {"stage": kind, "step": step, "seconds": seconds, "tokens": step * batch * context, "train_loss": metrics["loss"]}
+        row |= evaluate(model, held_out[:REPORT_SEQUENCES], batch, tokens_per_byte)
+        log_report(settings.out_dir, row, steps, f"loss {row['train_loss']:.3f}  {describe(row)}")
 
     seconds = optimise(model, lambda: random_windows(train, batch, context), steps, settings.lr, report)
-    configs = {"autoencoder_config": asdict(autoencoder.config), "calm_config": asdict(config)}
-    save_checkpoint(settings.out_dir, "calm", model, encoding, **configs)
-    summary = {**evaluate(model, held_out, batch), "parameters": parameters, "seconds": seconds, "tokens": steps * batch * context}
+    tokens, flops = steps * batch * context, flops_per_token(config, autoencoder and autoencoder.config)
+    summary = {**evaluate(model, held_out, batch, tokens_per_byte), "parameters": parameters, "seconds": seconds, "tokens": tokens}
+    summary |= {"training_flops": tokens * flops[0], "inference_flops_per_token": flops[1]}
     protocol = {"context": summary.pop("context"), "positions": summary.pop("positions"), "split": "validation"}
+    configs = {"autoencoder_config": asdict(autoencoder.config)} if autoencoder else {}
+    save_checkpoint(settings.out_dir, kind, model, encoding, summary=summary, **{f"{kind}_config": asdict(config)}, **configs)
     return model, summary, protocol
 
 
@@ -456,28 +450,28 @@ def train_calm(settings, train, validation, encoding, autoencoder):
 # The report
 
 
-def draw_curves(path, rows, autoencoder):
-    """curves.png: how CALM's loss came down, how its score went up, and how much noise the autoencoder bears."""
+def draw_curves(path, rows, autoencoder=None):
+    """curves.png: how the loss came down, how the score went up; and, for CALM, how much noise its autoencoder bears."""
     from matplotlib.figure import Figure  # here, because it takes a second to load
 
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(15 if autoencoder else 10, 4.2), layout="constrained")
+    left, middle, *right = figure.subplots(1, 3 if autoencoder else 2)
     millions = [row["tokens"] / 1e6 for row in rows]
-    left.plot(millions, [row["val_loss"] for row in rows], label="energy loss = 2 · fidelity − diversity", color="black")
-    left.plot(millions, [row["fidelity"] for row in rows], label="fidelity  E‖x − y‖")
-    left.plot(millions, [row["diversity"] for row in rows], label="diversity  E‖x′ − x″‖", ls="--")
+    terms = {"val_loss": "energy loss = 2 · fidelity − diversity", "fidelity": "fidelity  E‖x − y‖", "diversity": "diversity  E‖x′ − x″‖"}
+    for name, label in terms.items() if autoencoder else [("bits_per_byte", "cross-entropy")]:
+        left.plot(millions, [row[name] for row in rows], label=label, ls="--" if name == "diversity" else "-")
     for n in range(4):
         middle.plot(millions, [100 * row["brier"][n] for row in rows], label=f"Brier-{n + 1}")
     lm, errors = [row["brier_lm"] for row in rows], [row["brier_lm_se"] for row in rows]
     middle.errorbar(millions, lm, errors, color="black", lw=2, capsize=3, label="BrierLM ± standard error")
-    noise = {float(sigma): 100 * accuracy for sigma, accuracy in autoencoder["accuracy_by_noise"].items()}
-    right.plot(noise.keys(), noise.values(), marker="o", label="the posterior's mean + noise, decoded")
-    right.axvline(0.3, color="grey", ls=":", label="the paper's test: σ = 0.3")
-    tokens = "training tokens (millions)"
-    left.set(title="CALM on held-out text: the loss", xlabel=tokens, ylabel="distance in latent space")
-    middle.set(title="CALM on held-out text: the score", xlabel=tokens, ylabel="score × 100")
-    right.set(title="Autoencoder: noise on the latent", xlabel="σ of the noise on z", ylabel="held-out tokens recovered (%)")
-    for axes in (left, middle, right):
+    for axes, what, unit in (left, "loss", "distance in latent space" if autoencoder else "bits per byte"), (middle, "score", "score × 100"):
+        axes.set(title=f"The {what} on held-out text", xlabel="training tokens (millions)", ylabel=unit)
+    if autoencoder:
+        noise = {float(sigma): 100 * accuracy for sigma, accuracy in autoencoder["accuracy_by_noise"].items()}
+        right[0].plot(noise.keys(), noise.values(), marker="o", label="the posterior's mean + noise, decoded")
+        right[0].axvline(0.3, color="grey", ls=":", label="the paper's test: σ = 0.3")
+        right[0].set(title="Autoencoder: noise on the latent", xlabel="σ of the noise on z", ylabel="held-out tokens recovered (%)")
+    for axes in (left, middle, *right):
         axes.grid(alpha=0.3)
         axes.legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
@@ -494,25 +488,29 @@ def main():
     except OSError as error:
         raise InputError(f"--out_dir {out_dir} cannot be made: {error.strerror}.") from None
     torch.manual_seed(settings.seed)
+    autoencoder = encoding = None
+    if settings.stage in ("calm", "baseline") and (out_dir / "summary.json").exists():
+        summary = json.loads((out_dir / "summary.json").read_text())
     if settings.stage == "calm":
-        autoencoder, encoding, summary["autoencoder"] = sample.load_autoencoder(out_dir)
-        *texts, summary["data"] = prepare_data(settings, encoding)
-    else:
-        *texts, summary["data"] = prepare_data(settings)
-        autoencoder, summary["autoencoder"] = train_autoencoder(settings, *texts)
+        autoencoder, encoding, summary["autoencoder"] = sample.load_model(out_dir, "autoencoder")
+    *texts, summary["data"] = prepare_data(settings, encoding)
     summary |= {"config": vars(settings), "seed": settings.seed, "device": settings.device, "torch": torch.__version__}
+    if settings.stage in ("all", "autoencoder"):
+        autoencoder, summary["autoencoder"] = train_autoencoder(settings, *texts)
     if settings.stage != "autoencoder":
-        model, summary["calm"], summary["protocol"] = train_calm(settings, *texts, autoencoder)
+        kind, prefix = ("calm", "") if autoencoder else ("baseline", "baseline_")
+        model, summary[kind], summary["protocol"] = train_language_model(settings, *texts, autoencoder)
+        rows = [row for row in read_log(out_dir) if row["stage"] == kind]
+        draw_curves(out_dir / f"{prefix}curves.png", rows, autoencoder and summary["autoencoder"])
         generator = torch.Generator(settings.device).manual_seed(settings.seed)
         text = sample.write_text(model, texts[-1], "\n", SAMPLE_TOKENS, SAMPLE_TEMPERATURE, generator=generator)
-        write_text_file(out_dir / "sample.txt", text)
-        print(f"\nA sample at temperature {SAMPLE_TEMPERATURE}:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")
-        context, positions = summary["protocol"]["context"], summary["protocol"]["positions"]
-        print(f"{describe_brier(summary['calm'])}  (× 100; {positions:,} held-out positions, contexts of {context} tokens)")
+        write_text_file(out_dir / f"{prefix}sample.txt", text)
+        print(f"\nA sample at temperature {SAMPLE_TEMPERATURE}:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}\n{describe(summary[kind])}")
+        print("(Brier scores × 100; {positions:,} held-out positions, contexts of {context} tokens)".format(**summary["protocol"]))
     write_text_file(out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-    draw_curves(out_dir / "curves.png", [row for row in read_log(out_dir) if row["stage"] == "calm"], summary["autoencoder"])
-    part = summary["autoencoder"]
-    print(f"autoencoder: {part['accuracy']:.3%} of held-out tokens recovered, {part['accuracy_noise_0.3']:.3%} with noise of 0.3 on z")
+    if autoencoder:
+        part = summary["autoencoder"]
+        print(f"autoencoder: {part['accuracy']:.3%} of held-out tokens recovered, {part['accuracy_noise_0.3']:.3%} with noise of 0.3 on z")
     print(f"in {out_dir}: " + ", ".join(sorted(os.listdir(out_dir))))
 
 

@@ -207,7 +207,7 @@ def table_brier():
 
 def table_generation(out_dir, device):
     try:
-        model, encoding = sample.load_calm(out_dir)
+        model, encoding, _ = sample.load_model(out_dir, "calm")
     except InputError as error:
         print(f"\nGeneration is left out: {error}")
         return

@@ -168,7 +168,8 @@ def test_brier_lm_is_the_geometric_mean_with_each_factor_floored():
 def test_continuations_of_small_chunks_are_generated_from_their_own_history(K):
     """With a head without noise there is one continuation of each prefix, and `generate` says which."""
     model, tokens = tiny_calm(K, context=24, noisy=False), torch.randint(13, (2, 24))
-    drawn, truth = draw_continuations(model, tokens, 2)
+    at = torch.arange(24 // K - -(-4 // K))
+    drawn, truth = draw_continuations(model, tokens, at, 2)
     assert drawn.shape == (2, *truth.shape)
     for i in range(truth.shape[1]):
         begin = (i + 1) * K
@@ -178,10 +179,19 @@ def test_continuations_of_small_chunks_are_generated_from_their_own_history(K):
     assert begin + truth.shape[2] == 24  # every position with enough text behind it is there
 
 
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_continuations_at_some_positions_are_those_at_all(K):
+    model, tokens = tiny_calm(K, context=24, noisy=False), torch.randint(13, (2, 24))
+    every = torch.arange(24 // K - -(-4 // K))
+    some = every[[0, 2, 3]]
+    for all_of, part in zip(draw_continuations(model, tokens, every, 2), draw_continuations(model, tokens, some, 2)):
+        assert torch.equal(all_of[..., some, :], part)
+
+
 def test_continuations_of_large_chunks_are_one_chunk():
     for K in (4, 6, 8):
         model, tokens = tiny_calm(K, context=24), torch.randint(13, (3, 24))
-        drawn, truth = draw_continuations(model, tokens, 2)
+        drawn, truth = draw_continuations(model, tokens, torch.arange(24 // K - 1), 2)
         assert torch.equal(truth, tokens.view(3, -1, K)[:, 1:]) and drawn.shape == (2, *truth.shape)
 
 

@@ -192,7 +192,7 @@ def test_what_we_save_we_load_bit_for_bit(tmp_path):
     model, encoding = tiny_calm(vocab_size=257), sample.make_encoding(train_bpe(["text"], 256))
     configs = {"autoencoder_config": asdict(model.autoencoder.config), "calm_config": asdict(model.config)}
     save_checkpoint(tmp_path, "calm", model, encoding, **configs)
-    loaded, same_encoding = sample.load_calm(tmp_path)
+    loaded, same_encoding, _ = sample.load_model(tmp_path, "calm")
     assert same_weights(loaded, model) and loaded.config == model.config
     assert same_encoding.encode_ordinary("some text") == encoding.encode_ordinary("some text")
 

@@ -4,6 +4,7 @@ import json
 import lzma
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -278,8 +279,39 @@ def test_a_run_leaves_what_it_promises(repeating):
     assert "BrierLM" in stdout and (out_dir / "sample.txt").read_text().strip() in stdout
 
 
+def test_the_baseline_learns_it_too_in_the_same_folder(repeating, tmp_path, monkeypatch, capsys):
+    """A stage of its own: beside a trained CALM, whose files and figures it leaves as they are. Sampled at any temperature."""
+    shutil.copytree(repeating[1], tmp_path / "run")
+    shutil.copy(repeating[1].parent / "text.txt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    sizes = "--data text.txt --out_dir run --device cpu --context 64 --batch_size 8 --hidden_size 32 --n_layers 2 --n_heads 2 --steps 200"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "baseline", *sizes.split()])
+    train.main()
+    before, after = (json.loads((folder / "summary.json").read_text()) for folder in (repeating[1], tmp_path / "run"))
+    assert after["calm"] == before["calm"] and after["autoencoder"] == before["autoencoder"]
+    part = after["baseline"]
+    assert part["brier_lm"] > 98 and 0 <= part["bits_per_byte"] == pytest.approx(part["val_loss"] / math.log(2), rel=0.01)
+    assert part["training_flops"] > 0 and part["tokens"] == 200 * 8 * 64
+    stages = [row["stage"] for row in train.read_log("run")]
+    assert stages.count("calm") == len([row for row in train.read_log(repeating[1]) if row["stage"] == "calm"]) and "baseline" in stages
+    assert (tmp_path / "run" / "baseline_curves.png").exists() and (tmp_path / "run" / "baseline_sample.txt").exists()
+    capsys.readouterr()
+    for temperature in (0.1, 1.5):
+        arguments = ["--out_dir", "run", "--model", "baseline", "--prompt", "To be, or", "--n_tokens", "33", "--temperature", temperature]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+        sample.main()
+        out = capsys.readouterr()
+        assert out.out.startswith("To be, or not to be:\nTo be" if temperature < 1 else "To be, or") and out.err == ""
+
+
+def test_a_temperature_that_a_model_cannot_have_is_refused(repeating, command):
+    assert "at most 1" in command(sample.main, "--out_dir", repeating[1], "--temperature", 1.5)
+    assert "baseline.pt" in command(sample.main, "--out_dir", repeating[1], "--temperature", 1.5, "--model", "baseline")
+    assert "above 0" in command(sample.main, "--out_dir", repeating[1], "--temperature", 0, "--model", "baseline")
+
+
 def test_the_checkpoint_computes_what_was_scored(repeating):
-    model, encoding = sample.load_calm(str(repeating[1]))
+    model, encoding, _ = sample.load_model(str(repeating[1]), "calm")
     assert not model.training and encoding.decode(encoding.encode_ordinary("To be")) == "To be"
     text = torch.tensor(encoding.encode_ordinary("To be, or not to be:\n" * 40))
     from calm import evaluate_brier

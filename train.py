@@ -419,7 +419,7 @@ def describe(row):
 
 
 def train_language_model(settings, train, validation, encoding, autoencoder=None):
-    """Stage 2, or the baseline if no autoencoder is given. Leaves `kind`.pt; returns the model, its summary, its score's protocol."""
+    """Stage 2, or the baseline if no autoencoder is given. Leaves `kind`.pt; returns the model and its part of summary.json."""
     kind = "calm" if autoencoder else "baseline"
     config = model_configs(settings, encoding.n_vocab)[kind]
     context, steps, batch = config.context, settings.steps, settings.batch_size
@@ -440,10 +440,9 @@ def train_language_model(settings, train, validation, encoding, autoencoder=None
     tokens, flops = steps * batch * context, flops_per_token(config, autoencoder and autoencoder.config)
     summary = {**evaluate(model, held_out, batch, tokens_per_byte), "parameters": parameters, "seconds": seconds, "tokens": tokens}
     summary |= {"training_flops": tokens * flops[0], "inference_flops_per_token": flops[1]}
-    protocol = {"context": summary.pop("context"), "positions": summary.pop("positions"), "split": "validation"}
     configs = {"autoencoder_config": asdict(autoencoder.config)} if autoencoder else {}
     save_checkpoint(settings.out_dir, kind, model, encoding, summary=summary, **{f"{kind}_config": asdict(config)}, **configs)
-    return model, summary, protocol
+    return model, summary
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -499,14 +498,16 @@ def main():
         autoencoder, summary["autoencoder"] = train_autoencoder(settings, *texts)
     if settings.stage != "autoencoder":
         kind, prefix = ("calm", "") if autoencoder else ("baseline", "baseline_")
-        model, summary[kind], summary["protocol"] = train_language_model(settings, *texts, autoencoder)
+        model, summary[kind] = train_language_model(settings, *texts, autoencoder)
+        protocol = {name: summary[kind].pop(name) for name in ("context", "positions")} | {"split": "validation"}
+        (summary if autoencoder else summary[kind])["protocol"] = protocol
         rows = [row for row in read_log(out_dir) if row["stage"] == kind]
         draw_curves(out_dir / f"{prefix}curves.png", rows, autoencoder and summary["autoencoder"])
         generator = torch.Generator(settings.device).manual_seed(settings.seed)
         text = sample.write_text(model, texts[-1], "\n", SAMPLE_TOKENS, SAMPLE_TEMPERATURE, generator=generator)
         write_text_file(out_dir / f"{prefix}sample.txt", text)
         print(f"\nA sample at temperature {SAMPLE_TEMPERATURE}:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}\n{describe(summary[kind])}")
-        print("(Brier scores × 100; {positions:,} held-out positions, contexts of {context} tokens)".format(**summary["protocol"]))
+        print("(Brier scores × 100; {positions:,} held-out positions, contexts of {context} tokens)".format(**protocol))
     write_text_file(out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     if autoencoder:
         part = summary["autoencoder"]

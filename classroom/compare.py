@@ -24,6 +24,7 @@ sys.path.insert(0, ROOT)
 
 import sample  # noqa: E402
 from autoencoder import InputError  # noqa: E402
+from train import optimise  # noqa: E402
 
 # For each scale: flags of all runs, of all CALMs, and of each model. The CALMs have the largest baseline's Transformer. The
 # latent grows with K, from the quick preset's 32 numbers for 4 tokens; below 16 the autoencoder does not bear the noise.
@@ -74,20 +75,30 @@ def train(name, flags, folder):
     return json.loads(done.read_text())
 
 
-def generation_speed(folder, device, n_tokens=256, runs=3):
-    """Tokens per second of one text at temperature 1, from a prompt of 16 tokens: the median of several runs after a warm-up."""
-    model, encoding, _ = sample.load_model(folder, "baseline" if (folder / "baseline.pt").exists() else "calm")
-    model, prompt = model.to(device), torch.tensor([encoding.encode_ordinary("\n" * 16)[:16]], device=device)
-    seconds = []
-    for run in range(runs + 1):
-        started = time.perf_counter()
-        sample.generate(model, prompt, n_tokens).cpu()
-        if run:
-            seconds.append(time.perf_counter() - started)
-    return n_tokens / statistics.median(seconds)
+def speeds(folders, summaries, rounds=3):
+    """
+    {name: (training, generation)} in tokens per second: the median of several rounds in which all models take their turn, on
+    one machine in one sitting, after a warm-up. Training: four steps at the run's batch and context, with a learning rate of
+    0. Generation: one text of 256 tokens at temperature 1.
+    """
+    device, seconds = sample.pick_device("auto"), {name: ([], []) for name in folders}
+    for round in range(rounds + 1):
+        for name, folder in folders.items():
+            model, encoding, _ = sample.load_model(folder, "baseline" if "baseline" in summaries[name] else "calm")
+            model, context = model.to(device), model.config.context
+            prompt = torch.tensor([encoding.encode_ordinary("\n" * 16)[:16]], device=device)
+            batch = torch.randint(256, (summaries[name]["config"]["batch_size"], context))
+            started = time.perf_counter()
+            sample.generate(model.eval(), prompt, 256).cpu()
+            generating = time.perf_counter() - started
+            training = optimise(model, lambda: batch, 4, 0.0, lambda *_: None)
+            if round:
+                seconds[name][0].append(training / (4 * batch.numel()))
+                seconds[name][1].append(generating / 256)
+    return {name: tuple(1 / statistics.median(part) for part in parts) for name, parts in seconds.items()}
 
 
-def table(summaries, speeds):
+def table(summaries, speed):
     lines = ["| model | parameters | training FLOPs | inference FLOPs a token | training, tokens/s | generation, tokens/s "
              "| BrierLM | bits per byte |", "|---|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
     for name, summary in summaries.items():
@@ -98,7 +109,7 @@ def table(summaries, speeds):
         bits = f"{part['bits_per_byte']:.3f}" if "bits_per_byte" in part else "–"
         lines.append(
             f"| {name} | {part['parameters'] / 1e6:.2f} M{size} | {part['training_flops'] + flops:.2e} | "
-            f"{part['inference_flops_per_token']:.2e} | {part['tokens'] / part['seconds']:,.0f} | {speeds[name]:,.0f} | "
+            f"{part['inference_flops_per_token']:.2e} | {speed[name][0]:,.0f} | {speed[name][1]:,.0f} | "
             f"{part['brier_lm']:.2f} ± {part['brier_lm_se']:.2f} | {bits} |"
         )
     return "\n".join(lines) + "\n"
@@ -157,8 +168,7 @@ def main():
         folders[name] = out_dir / name.replace(", ", "-").replace(" ", "")
         flags = [*scale["all"].split(), *([] if "baseline" in flags else scale["calm"].split()), *flags.split()]
         summaries[name] = train(name, [*flags, "--data", args.data, "--seed", str(args.seed)], folders[name])
-    device = sample.pick_device("auto")
-    text = table(summaries, {name: generation_speed(folder, device) for name, folder in folders.items()})
+    text = table(summaries, speeds(folders, summaries))
     (out_dir / "table.md").write_text(text)
     os.makedirs(args.pictures, exist_ok=True)
     pictures = [os.path.join(args.pictures, f"compare_{what}_{args.scale}.png") for what in ("flops", "scores")]

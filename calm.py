@@ -5,13 +5,14 @@ CALM: a Transformer that predicts the next *vector*, and the score that judges i
                                                                                     |
                                              tokens of chunk i+1  <--frozen autoencoder's decoder--
 
-A sequence of T tokens is L = T/K steps long. The file has four parts: the backbone (an ordinary LLaMA-style Transformer with
-a key/value cache), CALM itself, the discrete Transformer it is compared with, and what to compare: the Brier score of
-their predictions (BrierLM) and the arithmetic they cost.
+A sequence of T tokens is L = T/K steps long. The file has five parts: the backbone (an ordinary LLaMA-style Transformer with
+a key/value cache), CALM itself, the discrete Transformer it is compared with, and for the comparison the Brier score of
+their predictions (BrierLM) and the arithmetic that they cost.
 
 Letters: those of autoencoder.py (B, T, L, K, V, d, l, ...), H attention heads, n samples.
 """
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -20,9 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autoencoder import NORM_EPS, Autoencoder, AutoencoderConfig, InputError, SwiGLU, init_by_width
-from autoencoder import RELEASED_NAMES as AUTOENCODER_NAMES
-from autoencoder import load_released, name_table, read_config, read_weights
+from autoencoder import NORM_EPS, Autoencoder, AutoencoderConfig, InputError, SwiGLU, init_by_width, load_released, name_table
+from autoencoder import RELEASED_NAMES as AUTOENCODER_NAMES, read_config, read_weights
 from energy_head import EnergyHead, energy_loss
 
 
@@ -354,7 +354,7 @@ class TransformerLM(nn.Module):
     def log_likelihood(self, tokens):
         """(B, T) -> (B, T-1): log P(token i | the tokens before it), in nats, from the second token on."""
         logits = self.unembedding(self.hidden_states(tokens[:, :-1]))
-        return -F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+        return -F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten().long(), reduction="none").view(len(tokens), -1)
 
     def forward(self, tokens):
         """tokens (B, T)  ->  loss (the cross-entropy, nats per token), metrics (empty: the loss says it all)."""
@@ -364,7 +364,7 @@ class TransformerLM(nn.Module):
     def draw_chunks(self, hidden, n, generator=None, temperature=1.0):
         """n independent draws of the next token: (..., d) -> (n, ..., 1) int. With logits, any temperature > 0 is a division."""
         P = (self.unembedding(hidden).float() / temperature).softmax(-1)
-        draws = P.flatten(0, -2).multinomial(n, replacement=True, generator=generator)  # (rows, n)
+        draws = P.view(-1, P.shape[-1]).multinomial(n, replacement=True, generator=generator)  # (rows, n)
         return draws.T.reshape(n, *hidden.shape[:-1], 1)
 
 
@@ -394,10 +394,8 @@ def brier_score_pairs(samples, target):
     The same estimate from all n (n-1) / 2 pairs of n >= 2 samples: unbiased as well, and the less noisy the larger n is.
     samples (n, ..., K) int, target (..., K) int  ->  (..., min(K, 4)) float.
     """
-    hits = prefix_matches(samples, target).mean(0)
-    pairs = torch.combinations(torch.arange(len(samples)))
-    collisions = sum(prefix_matches(samples[i], samples[j]) for i, j in pairs.tolist()) / len(pairs)
-    return 2 * hits - collisions
+    scores = [brier_score(first, second, target) for first, second in itertools.combinations(samples, 2)]
+    return sum(scores) / len(scores)
 
 
 def brier_lm(brier):
@@ -421,14 +419,14 @@ def grow_branches(model, tokens, n, n_chunks, at, generator=None):
     B = len(tokens)
     cache = KVCache() if n_chunks > 1 else None
     hidden = model.hidden_states(tokens, cache)  # the stem
-    visible = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool, device=tokens.device).tril()[at]
+    visible = torch.arange(hidden.shape[1], device=at.device) <= at[:, None]  # (positions, L): branch i sees the stem up to i
     hidden = hidden[:, at]
     chunk = model.draw_chunks(hidden, n, generator=generator)
     yield hidden.unsqueeze(0), chunk
     if n_chunks > 1:
         cache.repeat(n)
     for j in range(1, n_chunks):
-        visible = torch.cat([visible, torch.eye(len(at), device=tokens.device).bool()], dim=1)
+        visible = torch.cat([visible, torch.eye(len(at), dtype=torch.bool, device=at.device)], dim=1)
         hidden = model.hidden_states(chunk.reshape(n * B, -1), cache, at + j, visible).unflatten(0, (n, B))
         chunk = model.draw_chunks(hidden, 1, generator=generator)[0]
         yield hidden, chunk
@@ -447,14 +445,14 @@ def draw_continuations(model, tokens, at, n, generator=None):
 def brier_by_likelihoods(model, tokens, at, generator=None):
     """
     Brier-1 … 4 of a TransformerLM after the tokens `at`: (B, T), (positions,) -> (B, positions, 4). Its likelihoods say P(y)
-    exactly. The sum over all n-grams x is too long, but its last factor
-    is exact too, and one sampled path, on which the probabilities are known, is an unbiased estimate of the rest:
+    exactly. The sum over all n-grams x is too long, but its last factor is exact too, and one sampled path, on which the
+    probabilities are known, estimates the rest without bias:
         sum_x P(x)^2  =  E over x ~ P of   P(x_1 … x_{n-1}) · sum_v P(v | x_1 … x_{n-1})^2 .
     """
     hits = model.log_likelihood(tokens).unfold(1, 4, 1)[:, at].cumsum(-1).exp()  # P(the next n tokens), n = 1 … 4
     collisions, path = [], torch.ones(len(tokens), len(at), device=tokens.device)
     for hidden, chunk in grow_branches(model, tokens, 1, 4, at, generator):
-        P = model.unembedding(hidden[0]).softmax(-1)
+        P = model.unembedding(hidden[0]).float().softmax(-1)  # [0]: of the one path
         collisions.append(path * P.square().sum(-1))
         path = path * P.take_along_dim(chunk[0], -1).squeeze(-1)
     return 2 * hits - torch.stack(collisions, dim=-1)
@@ -467,19 +465,21 @@ def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4, positions
     of the score: in an independent reproduction another length of context changed it by 30 %.
 
     tokens (T,) int are cut into sequences of `context` tokens (a multiple of K; a rest is left out), and each chunk is
-    predicted from the sequence before it (CALM: `n_samples` times); `positions`: no more than that many chunks of a
-    sequence, at random places. Returns {"brier": [4], "brier_se": [4], "brier_lm", "brier_lm_se", "context", "positions"};
-    Brier-n are at most 1, BrierLM at most 100, and standard errors NaN for a single sequence. Raises InputError for a text
-    shorter than one context.
+    predicted from the sequence before it (CALM: `n_samples` times, 2 or more); `positions`: no more than that many chunks of
+    a sequence, at random places, the same in a batch. `generator`: on the model's device. Returns {"brier": [4], "brier_se":
+    [4], "brier_lm", "brier_lm_se", "context", "positions"}; Brier-n are at most 1 in expectation, BrierLM at most 100, standard
+    errors NaN for a single sequence. Raises InputError for a text shorter than one context.
     """
     K = model.config.chunk_size
     if context % K or context < K + 4:
         raise InputError(f"the context of an evaluation must be a multiple of chunk_size {K} and at least {K + 4}, not {context}.")
+    if n_samples < 2 or (positions is not None and positions < 1):
+        raise InputError("an evaluation needs 2 samples and 1 position at least.")
     if len(tokens) < context:
         raise InputError(f"the text to evaluate has {len(tokens)} tokens, less than one context of {context}.")
     device = next(model.parameters()).device
     available = context // K - math.ceil(4 / K)  # chunks with 4 tokens or more after them
-    scores = []  # (4,) for each sequence: sequences are independent pieces of text, the tokens in one are not
+    scores = []  # (4,) for each sequence: sequences are nearly independent pieces of text, the tokens in one are not
     for batch in tokens[: len(tokens) // context * context].view(-1, context).split(batch_size):
         at = torch.randperm(available, generator=generator, device=device)[:positions].sort().values
         if isinstance(model, TransformerLM):
@@ -491,7 +491,7 @@ def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4, positions
 
     # The bootstrap: how much do the figures move when the sequences are drawn again, from themselves, with replacement?
     draws = torch.randint(len(scores), (1000, len(scores)), generator=torch.Generator().manual_seed(0))
-    resampled = torch.stack([scores[i].mean(0) for i in draws])
+    resampled = scores[draws].mean(1)  # (1000, 4)
     resampled_lm = torch.tensor([brier_lm(b) for b in resampled])
     known = 1.0 if len(scores) > 1 else math.nan  # one sequence says nothing of how much sequences differ
     return {
@@ -514,22 +514,21 @@ def flops_per_token(config, autoencoder=None, draws=1):
     tokens. Inference is one step at the end of such a sequence, its chunk chosen from `draws` draws. Masked attention counts too.
     """
     c, K, d = config, config.chunk_size, config.hidden_size
-    swiglu = 6 * d * c.intermediate_size
     if isinstance(c, AutoencoderConfig):
         encoder, decoder = autoencoder_flops(c)
         return 3 * (encoder + decoder) / K, (encoder + decoder) / K
     steps = c.context // K - 1  # with something to predict
-    backbone = c.n_layers * (8 * d * d + 4 * steps * d + swiglu)
+    backbone = c.n_layers * (8 * d * d + 4 * steps * d + 6 * d * c.intermediate_size)  # projections, attention, SwiGLU
     if isinstance(c, TransformerConfig):
         forward = backbone + 2 * d * c.vocab_size
         return 3 * forward * steps / c.context, forward
     encoder, decoder = autoencoder_flops(autoencoder)
     l, M, N = c.latent_size, c.n_targets, c.n_samples
     once = 4 * (K + 1) * d * d + backbone + 2 * (1 + c.n_head_blocks) * d * d  # compression, Transformer, what h gives the head
-    noise = 2 * c.noise_size * d
-    draw = noise + (10 * c.n_head_blocks + 2) * d * d + 2 * d * l  # what each draw adds
-    loss = 2 * M * l + 2 * 2 * N * M * l + 3 * 2 * N * N * l  # norms of the targets; distances to them; between the samples
-    training = 3 * (once + N * draw) - N * noise + loss + encoder  # nobody asks for the noise's gradient, or the encoder's
+    noise_in = 2 * c.noise_size * d
+    draw = noise_in + (10 * c.n_head_blocks + 2) * d * d + 2 * d * l  # what each draw adds
+    loss = 2 * M * l + 2 * 2 * N * M * l + 3 * 2 * N * N * l  # norms of targets (no gradient), distances to them, between samples
+    training = 3 * (once + N * draw) - N * noise_in + loss + encoder  # nobody asks for the noise's gradient, or the encoder's
     return training * steps / c.context, (once + draws * (draw + decoder)) / K
 
 

@@ -36,7 +36,7 @@ def inverse_temperature(temperature):
     1/T = n + a as (n, a), a whole number and a fraction 0 <= a < 1. Within 0.004 of a whole number it is taken for that:
     whoever types 0.333 means 1/3. Raises InputError unless 0 < T <= 1.
     """
-    if not 0 < temperature <= 1:
+    if not (0 < temperature <= 1 and 1 / temperature < math.inf):
         raise InputError(f"the temperature must be above 0 and at most 1, not {temperature:g}.")
     n = math.floor(1 / temperature + 4e-3)
     a = 1 / temperature - n
@@ -93,7 +93,7 @@ def bernoulli_factory(draws, x, a, generator=None):
 
 def distinct_draws(draws):
     """
-    The different chunks in each pool: draws (P, N, K) int, an array of P pools  ->  three arrays (R,), one entry for each
+    The different chunks in each pool: draws (P, N, K) int >= 0, an array of P pools  ->  three arrays (R,), one entry for each
     chunk of each pool, pool by pool: its pool, the place of one of its draws there, and how often it was drawn.
     """
     P, N, K = draws.shape
@@ -107,9 +107,7 @@ def distinct_draws(draws):
     # Sorting brings equal chunks together, where comparing all pairs takes N^2; a draw's place travels in the lowest bits.
     ids = np.sort(ids << place_bits | np.arange(N), axis=-1)
     places, ids = ids & (1 << place_bits) - 1, ids >> place_bits
-    is_last = np.ones((P, N), bool)  # of its equals
-    is_last[:, :-1] = ids[:, 1:] != ids[:, :-1]
-    last = np.flatnonzero(is_last)
+    last = np.flatnonzero(np.diff(ids, append=-1))  # of its equals: what follows differs, or the pool ends
     return last // N, places.ravel()[last], np.diff(last, prepend=-1)
 
 
@@ -147,8 +145,7 @@ def temperature_sample_batch(pool, temperature, generator=None):
     uniform = torch.rand(len(pools), generator=generator, device=device, dtype=real).clamp_min(torch.finfo(real).tiny)
     noise = -(-uniform.log()).log().cpu().numpy()
     score = log_weight[counts] + noise
-    largest = np.maximum.reduceat(score, np.searchsorted(pools, np.arange(len(draws))))
-    best = score == largest[pools]
+    best = score == np.maximum.reduceat(score, np.searchsorted(pools, np.arange(len(draws))))[pools]  # the largest of its pool
     chosen = np.empty((len(draws), K), draws.dtype)
     chosen[pools[best]] = draws[pools[best], places[best]]
     return torch.from_numpy(chosen).view(*leading, K).to(pool.device)
@@ -169,7 +166,7 @@ def draws_that_begin_with(model, hidden, beginning, n, max_draws, generator=None
     """
     r = len(beginning)
     kept, n_drawn, longest = [], 0, 0  # `longest`: tokens that the draws in `kept` share with the beginning
-    while sum(map(len, kept)) < n if longest == r else n_drawn < max_draws:
+    while (sum(map(len, kept)) < n) if longest == r else (n_drawn < max_draws):  # enough that agree? or, so far none, draws to spare?
         draws = model.draw_chunks(hidden, 1000 if r else n, generator=generator)
         n_drawn += len(draws)
         agreed = (draws[:, :r] == beginning).long().cumprod(-1).sum(-1)  # tokens, from the first to the last that agrees
@@ -206,22 +203,23 @@ def generate(model, prompt, n_tokens, temperature=1.0, method="batch", pool=200,
     draw_chunks = model.draw_chunks
     if isinstance(model, TransformerLM):  # its logits can be divided by the temperature: what is drawn then needs none
         draw_chunks, temperature = functools.partial(draw_chunks, temperature=temperature), 1.0
-    n = 1 if inverse_temperature(temperature) == (1, 0.0) else pool
+    sharper = inverse_temperature(temperature) != (1, 0.0)
+    n, exact = pool if sharper else 1, sharper and method == "exact"
     longest = model.config.context // K - 1  # chunks of history
     in_front = max(0, K - T)
     first = prompt[:, :1] if lead is None else torch.full_like(prompt[:, :1], lead)
     prompt = torch.cat([first.expand(-1, in_front), prompt], dim=1)
 
     text, left_over = prompt.split([prompt.shape[1] // K * K, prompt.shape[1] % K], dim=1)
-    cache = KVCache()
-    hidden = model.hidden_states(text[:, -longest * K :], cache)[:, -1]  # (B, d): predicts the next chunk
+    cache, chunk = KVCache(), text[:, -longest * K :]
     while text.shape[1] < prompt.shape[1] + n_tokens:
+        hidden = model.hidden_states(chunk, cache)[:, -1]  # (B, d): predicts the next chunk
         used = [n] * B
-        if left_over.shape[1] or (method == "exact" and n > 1):  # one sequence at a time: each needs its own number of draws
+        if left_over.shape[1] or exact:  # one sequence at a time: each needs its own number of draws
             rows = []
             for b in range(B):
                 draw = functools.partial(draws_that_begin_with, model, hidden[b], left_over[b], max_draws=max_draws, generator=generator)
-                if method == "exact" and n > 1:
+                if exact:
                     row, used[b] = temperature_sample_exact(draw, temperature, 1000 * max_draws, with_draws=True, generator=generator)
                 else:
                     row = temperature_sample_batch(draw(n), temperature, generator)
@@ -229,13 +227,12 @@ def generate(model, prompt, n_tokens, temperature=1.0, method="batch", pool=200,
             chunk, left_over = torch.stack(rows), left_over[:, :0]  # tokens are left over only before the first chunk
         else:
             draws = draw_chunks(hidden, n, generator=generator)  # (n, B, K)
-            chunk = temperature_sample_batch(draws.transpose(0, 1), temperature, generator)
+            chunk = temperature_sample_batch(draws.transpose(0, 1), temperature, generator) if n > 1 else draws[0]
         if draws_used is not None:
             draws_used.extend(used)
         text = torch.cat([text, chunk], dim=1)
         if cache.length == longest:
             cache, chunk = KVCache(), text[:, -max(1, longest // 2) * K :]
-        hidden = model.hidden_states(chunk, cache)[:, -1]
     return text[:, in_front : prompt.shape[1] + n_tokens]
 
 
@@ -364,7 +361,8 @@ def write_text(model, encoding, prompt, n_tokens, temperature, method="batch", p
     ids = encoding.encode_ordinary(prompt) or [newline]
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     out = generate(model, tokens, n_tokens, temperature, method, pool, generator, lead=newline, draws_used=draws_used)
-    known = [token for token in out[0, len(ids) :].tolist() if token < encoding.n_vocab]  # a vocabulary may be padded with unused numbers
+    known = {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}  # a vocabulary may have unused numbers
+    known = [token for token in out[0, len(ids) :].tolist() if token in known]
     return prompt + encoding.decode(known).split(end_of_text(encoding))[0]
 
 

@@ -82,6 +82,8 @@ def parse_settings():
             setattr(settings, name, columns[PRESETS.index(settings.preset)])
         elif name != "data" and not 0 < getattr(settings, name) < math.inf:
             raise InputError(f"--{name} must be above 0, not {getattr(settings, name)}.")
+    if settings.stage == "baseline":
+        settings.chunk_size = 1
     if settings.vocab_size < 256:
         raise InputError(f"--vocab_size must be at least 256 (plain bytes), not {settings.vocab_size}.")
     settings.out_dir = settings.out_dir or f"out/{settings.preset}"
@@ -343,10 +345,9 @@ def write_log(out_dir, rows):
 
 def log_report(out_dir, row, steps, text):
     """Adds a row to log.jsonl and prints the report."""
-    stage, step, seconds, tokens = (row[key] for key in ("stage", "step", "seconds", "tokens"))
     write_log(out_dir, [*read_log(out_dir), row])
-    left = round(seconds / step * (steps - step))
-    print(f"{stage} {step:6}/{steps}  {text}  {tokens / seconds:,.0f} tokens/s  left {left // 60}:{left % 60:02}", flush=True)
+    left, speed = round(row["seconds"] / row["step"] * (steps - row["step"])), row["tokens"] / row["seconds"]
+    print(f"{row['stage']} {row['step']:6}/{steps}  {text}  {speed:,.0f} tokens/s  left {left // 60}:{left % 60:02}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -415,7 +416,7 @@ def describe(row):
     terms = "{val_loss:.3f} = 2 · fidelity {fidelity:.3f} - diversity {diversity:.3f}  confidence {confidence:.2f}"
     terms = terms if "fidelity" in row else "{val_loss:.3f} nats per token = {bits_per_byte:.3f} bits per byte"
     brier = " ".join(f"{100 * b:.1f}" for b in row["brier"])
-    return f"held out: {terms}  Brier-1…4 {brier}  BrierLM {{brier_lm:.2f}} ± {{brier_lm_se:.2f}}".format(**row)
+    return f"held out: {terms.format(**row)}  Brier-1…4 {brier}  BrierLM {row['brier_lm']:.2f} ± {row['brier_lm_se']:.2f}"
 
 
 def train_language_model(settings, train, validation, encoding, autoencoder=None):
@@ -428,7 +429,7 @@ def train_language_model(settings, train, validation, encoding, autoencoder=None
     print(f"{kind}: {parameters:,} parameters, {context} tokens = {context // config.chunk_size} steps of {config.chunk_size}")
     write_log(settings.out_dir, [row for row in read_log(settings.out_dir) if row["stage"] != kind])
     held_out = validation[: len(validation) // context * context].view(-1, context)[:FINAL_SEQUENCES].long()
-    text = held_out[held_out < len(encoding._mergeable_ranks)]  # without the special tokens
+    text = held_out[~torch.isin(held_out, torch.tensor([*encoding._special_tokens.values()]))]
     tokens_per_byte = held_out.numel() / len(encoding.decode_bytes(text.tolist()))
 
     def report(step, seconds, metrics):
@@ -488,26 +489,28 @@ def main():
         raise InputError(f"--out_dir {out_dir} cannot be made: {error.strerror}.") from None
     torch.manual_seed(settings.seed)
     autoencoder = encoding = None
-    if settings.stage in ("calm", "baseline") and (out_dir / "summary.json").exists():
+    if (out_dir / "summary.json").exists():  # what is trained here has its part replaced, and what is built on it goes
+        kept = {"all": ("baseline",), "autoencoder": ("baseline",), "calm": ("autoencoder", "baseline")}.get(settings.stage)
         summary = json.loads((out_dir / "summary.json").read_text())
+        summary = {name: part for name, part in summary.items() if kept is None or name in kept}
     if settings.stage == "calm":
         autoencoder, encoding, summary["autoencoder"] = sample.load_model(out_dir, "autoencoder")
-    *texts, summary["data"] = prepare_data(settings, encoding)
-    summary |= {"config": vars(settings), "seed": settings.seed, "device": settings.device, "torch": torch.__version__}
+    *texts, data = prepare_data(settings, encoding)
+    run = {"data": data, "config": vars(settings), "seed": settings.seed, "device": settings.device, "torch": torch.__version__}
     if settings.stage in ("all", "autoencoder"):
         autoencoder, summary["autoencoder"] = train_autoencoder(settings, *texts)
     if settings.stage != "autoencoder":
         kind, prefix = ("calm", "") if autoencoder else ("baseline", "baseline_")
         model, summary[kind] = train_language_model(settings, *texts, autoencoder)
-        protocol = {name: summary[kind].pop(name) for name in ("context", "positions")} | {"split": "validation"}
-        (summary if autoencoder else summary[kind])["protocol"] = protocol
+        run["protocol"] = {name: summary[kind].pop(name) for name in ("context", "positions")} | {"split": "validation"}
         rows = [row for row in read_log(out_dir) if row["stage"] == kind]
         draw_curves(out_dir / f"{prefix}curves.png", rows, autoencoder and summary["autoencoder"])
         generator = torch.Generator(settings.device).manual_seed(settings.seed)
         text = sample.write_text(model, texts[-1], "\n", SAMPLE_TOKENS, SAMPLE_TEMPERATURE, generator=generator)
         write_text_file(out_dir / f"{prefix}sample.txt", text)
         print(f"\nA sample at temperature {SAMPLE_TEMPERATURE}:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}\n{describe(summary[kind])}")
-        print("(Brier scores × 100; {positions:,} held-out positions, contexts of {context} tokens)".format(**protocol))
+        print("(Brier scores × 100; {positions:,} held-out positions, contexts of {context} tokens)".format(**run["protocol"]))
+    (summary if autoencoder else summary["baseline"]).update(run)
     write_text_file(out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     if autoencoder:
         part = summary["autoencoder"]

@@ -2,7 +2,7 @@
 `python classroom/compare.py`: is predicting K tokens at a time a better trade of quality for compute?   (paper, section 6)
 
 Trains the discrete Transformer at three sizes and CALM at K = 1, 2, 4 and 8, all on the same data, for the same number of
-tokens, with the same optimiser, by train.py. Prints a table (and leaves it in --out_dir), and draws two pictures: BrierLM
+tokens (the autoencoders' come on top, and are counted in the FLOPs), with the same optimiser, by train.py. Prints a table (and leaves it in --out_dir), and draws two pictures: BrierLM
 against training FLOPs, and BrierLM against cross-entropy over the checkpoints of the discrete models. Interrupted, it goes on
 with the first model that is not finished. `--scale gpu --data SOURCE` does it with larger models and a larger text.
 """
@@ -27,7 +27,7 @@ from autoencoder import InputError  # noqa: E402
 from train import optimise  # noqa: E402
 
 # For each scale: flags of all runs, of all CALMs, and of each model. The CALMs have the largest baseline's Transformer. The
-# latent grows with K, from the quick preset's 32 numbers for 4 tokens; below 16 the autoencoder does not bear the noise.
+# latent grows with K; at the quick scale below 16 numbers the autoencoder does not bear the noise.
 SCALES = {
     "quick": {
         "all": "--steps 1500 --batch_size 16 --context 256 --lr 2e-3",
@@ -78,18 +78,19 @@ def train(name, flags, folder):
 def speeds(folders, summaries, rounds=3):
     """
     {name: (training, generation)} in tokens per second: the median of several rounds in which all models take their turn, on
-    one machine in one sitting, after a warm-up. Training: four steps at the run's batch and context, with a learning rate of
-    0. Generation: one text of 256 tokens at temperature 1.
+    one machine in one sitting, after a warm-up. Training: four steps of the language model at the run's batch and context,
+    with a learning rate of 0. Generation: one text of 256 tokens at temperature 1 after 16.
     """
-    device, seconds = sample.pick_device("auto"), {name: ([], []) for name in folders}
+    device, models, seconds = sample.pick_device("auto"), {}, {name: ([], []) for name in folders}
+    for name, folder in folders.items():
+        kind = "baseline" if "baseline" in summaries[name] else "calm"
+        models[name] = sample.load_model(folder, kind)[0].to(device)
     for round in range(rounds + 1):
-        for name, folder in folders.items():
-            model, encoding, _ = sample.load_model(folder, "baseline" if "baseline" in summaries[name] else "calm")
-            model, context = model.to(device), model.config.context
-            prompt = torch.tensor([encoding.encode_ordinary("\n" * 16)[:16]], device=device)
-            batch = torch.randint(256, (summaries[name]["config"]["batch_size"], context))
+        for name, model in models.items():
+            config = summaries[name].get("config") or summaries[name]["baseline"]["config"]
+            batch = torch.randint(256, (config["batch_size"], config["context"]))
             started = time.perf_counter()
-            sample.generate(model.eval(), prompt, 256).cpu()
+            sample.generate(model.eval(), batch[:1, :16].to(device), 256).cpu()
             generating = time.perf_counter() - started
             training = optimise(model, lambda: batch, 4, 0.0, lambda *_: None)
             if round:
@@ -99,8 +100,8 @@ def speeds(folders, summaries, rounds=3):
 
 
 def table(summaries, speed):
-    lines = ["| model | parameters | training FLOPs | inference FLOPs a token | training, tokens/s | generation, tokens/s "
-             "| BrierLM | bits per byte |", "|---|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    lines = ["| model | parameters | training FLOPs, all stages | inference FLOPs a token, T = 1 | language model's training, tokens/s "
+             "| generation, tokens/s | BrierLM | bits per byte |", "|---|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
     for name, summary in summaries.items():
         part, size, flops = summary.get("calm") or summary["baseline"], "", 0.0
         if "calm" in summary:
@@ -142,7 +143,7 @@ def draw_correlation(path, logs):
 
     figure = Figure(figsize=(6.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    every = [(row["bits_per_byte"], row["brier_lm"]) for rows in logs.values() for row in rows]
+    every = [(row["bits_per_byte"], row["brier_lm"]) for rows in logs.values() for row in rows if row["brier_lm"] > 0]  # 0: floored
     for name, rows in logs.items():
         axes.plot([row["bits_per_byte"] for row in rows], [row["brier_lm"] for row in rows], "o-", alpha=0.7, label=name)
     correlation = torch.corrcoef(torch.tensor(every).T)[0, 1].item()

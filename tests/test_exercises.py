@@ -11,8 +11,6 @@ sys.path.insert(0, str(ROOT / "classroom"))
 
 import exercises  # noqa: E402
 
-pytestmark = pytest.mark.skipif((ROOT / exercises.REFERENCE).exists(), reason="this is a student's copy")
-
 # (exercise, the mistake, the reference's code, the student's instead, a part of the message)
 WRONG = [
     (1, "floored after the sum", "per_dimension.clamp_min(floor).sum(-1)", "per_dimension.sum(-1).clamp_min(floor)", "should be 5.5, yours is 4.505"),
@@ -23,6 +21,10 @@ WRONG = [
     (2, "damaged targets", "tokens.flatten())\n", "inputs.flatten())\n", "the targets whole"),
     (2, "the loss of a token, not of a chunk", "c.chunk_size * F.cross_entropy", "F.cross_entropy", "the loss of 50 chunks"),
     (2, "the mean decoded, not a draw", " + log_std.exp() * torch.randn_like(mean)", "", "the noise of z"),
+    (2, "no gradient through the draw", "mean + log_std.exp() * torch.randn_like(mean)", "torch.normal(mean, log_std.exp())", "reaches the encoder"),
+    (2, "what stays is not scaled up", "F.dropout(mean + log_std.exp() * torch.randn_like(mean), c.dropout)",
+     "(mean + log_std.exp() * torch.randn_like(mean)) * (torch.rand_like(mean) >= c.dropout)", "the mean size"),
+    (2, "whole chunks dropped", "torch.rand(tokens.shape, device=tokens.device)", "torch.rand((*tokens.shape[:-1], 1))", "all of whose four tokens"),
     (2, "a latent without dropout", "F.dropout(mean + log_std.exp() * torch.randn_like(mean), c.dropout)",
      "mean + log_std.exp() * torch.randn_like(mean)", "all latents 0"),
     (3, "a sample compared with itself", "diversity(samples, alpha) -", "diversity(samples, alpha) * (len(samples) - 1) / len(samples) -", "-0.6667, yours is -1.556"),
@@ -32,16 +34,19 @@ WRONG = [
     (4, "the conditioning not normalised", "self.hidden_norm(self.hidden_in(hidden))", "self.hidden_in(hidden)", "head(hidden (2, 8), noise (4, 2, 5))"),
     (4, "the last SiLU forgotten", "F.silu(self.final_in(self.final_norm(x)))", "self.final_in(self.final_norm(x))", "head(hidden (2, 8), noise (4, 2, 5))"),
     (4, "only the last block", "x = block(x, c)", "last = block(x, c)", "head(hidden (2, 8), noise (4, 2, 5))"),
-    (5, "collisions forgotten", " - prefix_matches(first, second)", "", "should be 1, yours is 2"),
-    (5, "any token, not the prefix", "prefix_matches(first, target)", "(first == target)[..., :4].float()", "should be 0, yours is 1"),
+    (5, "collisions forgotten", " - prefix_matches(first, second)", "", "should be 1, 1, 1, 1, yours is 2, 2, 2, 2"),
+    (5, "any token, not the prefix", "prefix_matches(first, target)", "(first == target)[..., :4].float()", "should be 1, 1, 0, 0, yours is 1, 1, 0, 1"),
     (5, "against the target only once", "prefix_matches(first, target) + prefix_matches(second, target)", "2 * prefix_matches(first, target)", "should be"),
     (6, "the product of negative scores", "max(float(b), 0.0) for b in brier", "float(b) for b in brier", "should be 0, yours is"),
     (6, "the arithmetic mean", "100 * math.prod(factors) ** (1 / len(factors))", "100 * sum(factors) / len(factors)", "should be 14.14, yours is 18.75"),
     (7, "draws read twice", "x, *others = itertools.islice(draws, n)",
      "pair = [*(others if 'others' in locals() else itertools.islice(draws, n - 1)), next(draws)]\n        x, *others = pair", "should be 4, yours is 2"),
+    (7, "one of the tokens is enough", "other == x for", "other[0] == x[0] for", "should be 1, 2, yours is 1, 3"),
+    (7, "the fraction ignored", " and (a == 0 or bernoulli_factory(draws, x, a, generator))", "", "at T = 0.4"),
     (7, "an answer when the draws run out", "raise InputError(f\"no chunk was accepted in {max_draws:,} draws at temperature {temperature:g}: take a higher \"\n"
      "                                     \"temperature, or the batch method.\")  # fmt: skip", "yield row", "InputError is raised"),
     (8, "a for a/i", "< a / i", "< a", "so P(x)^a = 0.707"),
+    (8, "one of the tokens is enough", "next(draws) == x", "next(draws)[0] == x[0]", "the draws left"),
     (8, "counted from 0", "itertools.count(1)", "itertools.count(2)", "so P(x)^a = 0.707"),
     (8, "one trial only", "    for i in itertools.count(1):", "    for i in (1,):", "so P(x)^a = 0.707"),
     (9, "any draw of the pool", "log_weight[counts] + noise", "np.log(counts) + noise", "should be 0.75"),
@@ -63,14 +68,14 @@ def copy(tmp_path_factory):
 def test_a_wrong_answer_is_called_wrong(copy, number, right, wrong, message):
     exercise = exercises.EXERCISES[number - 1]
     path = copy / exercise.file
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     answer = exercises.extract(source, exercise)
     assert right in answer, "the reference has changed: change the wrong answer too"
-    path.write_text(exercises.replace(source, exercise, answer.replace(right, wrong)))
+    path.write_text(exercises.replace(source, exercise, answer.replace(right, wrong)), encoding="utf-8")
     try:
         assert message in exercises.what_is_wrong(copy, exercise)
     finally:
-        path.write_text(source)
+        path.write_text(source, encoding="utf-8")
 
 
 def test_solutions_bring_the_reference_back(copy):
@@ -78,14 +83,26 @@ def test_solutions_bring_the_reference_back(copy):
         assert (copy / name).read_text() == (ROOT / name).read_text()
 
 
+def test_a_file_that_is_not_python_spoils_only_its_own_exercises(copy, capsys):
+    path = copy / "calm.py"
+    source = path.read_text(encoding="utf-8")
+    path.write_text(source + "\ndef unfinished(:\n", encoding="utf-8")
+    assert not exercises.check(copy, [1, 6])
+    path.write_text(source.replace("def brier_lm(", "def brier_em("), encoding="utf-8")
+    assert not exercises.check(copy, [6])
+    path.write_text(source, encoding="utf-8")
+    first, sixth, gone = capsys.readouterr().out.splitlines()
+    assert first.endswith("right") and "calm.py is not Python: see its line" in sixth and "has no brier_lm any more" in gone
+
+
 def test_an_error_of_the_students_is_told_with_its_line(copy):
     exercise = exercises.EXERCISES[5]
     path = copy / exercise.file
-    source = path.read_text()
-    path.write_text(source.replace("factors = [max", "factors = [maximum"))
+    source = path.read_text(encoding="utf-8")
+    path.write_text(source.replace("factors = [max", "factors = [maximum"), encoding="utf-8")
     said = exercises.what_is_wrong(copy, exercise)
-    path.write_text(source)
-    assert "NameError" in said and "of calm.py: factors = [maximum" in said
+    path.write_text(source, encoding="utf-8")
+    assert "NameError" in said and "in calm.py at: factors = [maximum" in said
 
 
 def script(folder, *arguments):

@@ -122,13 +122,14 @@ def draw_flops(path, summaries):
 
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    for kind, label, style in (("baseline", "discrete Transformer, by size", "o-"), ("calm", "CALM, by K", "s-")):
+    for kind, label, style, below in (("baseline", "discrete Transformer, by size", "o-", 6), ("calm", "CALM, by K", "s-", -14)):
         chosen = {name: summary for name, summary in summaries.items() if kind in summary}
         flops = [s[kind]["training_flops"] + s.get("autoencoder", {}).get("training_flops", 0.0) for s in chosen.values()]
         scores = [s[kind]["brier_lm"] for s in chosen.values()]
         axes.errorbar(flops, scores, [s[kind]["brier_lm_se"] for s in chosen.values()], fmt=style, capsize=3, label=label)
         for name, x, y in zip(chosen, flops, scores):
-            axes.annotate(name.removeprefix("CALM, ").removeprefix("Transformer-"), (x, y), (5, 6), textcoords="offset points")
+            axes.annotate(name.removeprefix("CALM, ").removeprefix("Transformer-"), (x, y), (6, below), textcoords="offset points")
+    axes.margins(x=0.12)
     axes.set(xscale="log", title="Quality for compute, at equal tokens", xlabel="training FLOPs (matrix products, autoencoder included)",
              ylabel="BrierLM on held-out text ± standard error")  # fmt: skip
     axes.set_ylim(bottom=0)

@@ -185,7 +185,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, method="batch", pool=200,
     """
     Continue each prompt by n_tokens tokens: prompt (B, T) int, T >= 1  ->  (B, T + n_tokens) int. At temperature 1 (of a
     TransformerLM: at any) a step is one draw. Below, the method is "batch" (choose from `pool` draws) or "exact" (draw until
-    the factory accepts, raising InputError after 1 000 · max_draws). The list `draws_used`, if given, gets the number of
+    an attempt is accepted, raising InputError after 1 000 · max_draws). The list `draws_used`, if given, gets the number of
     draws that were read for each chunk, without those that did not begin with the prompt's last tokens.
 
     - A prompt's last T mod K tokens fill no chunk: they are the beginning of the first chunk to be generated, which
@@ -397,7 +397,7 @@ def main():
     parser.add_argument("--n_samples", type=int, default=1, help="texts to write (default: 1)")
     parser.add_argument("--temperature", type=float, default=0.5, help="above 0; for CALM at most 1 (default: 0.5)")
     parser.add_argument("--method", choices=("batch", "exact"), default="batch",
-                        help="choose from a pool of draws, or draw until a Bernoulli factory accepts (default: batch)")  # fmt: skip
+                        help="choose from a pool of draws, or draw until an attempt is accepted (default: batch)")  # fmt: skip
     parser.add_argument("--pool", type=int, default=200, help="draws to choose a chunk from when T < 1 (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="another seed writes another text (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")

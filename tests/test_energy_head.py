@@ -87,6 +87,13 @@ def test_gradients_where_samples_coincide():
     assert torch.equal(same.grad, torch.zeros_like(same))
 
 
+def test_samples_on_a_target_have_the_distance_zero_in_float32_too():
+    """Here |x|^2 + |y|^2 - 2 x·y leaves up to 1e-4 in place of 0, whose root would be 1e-2."""
+    x, away = torch.randn(500, 128), torch.randn(500, 128)
+    score = energy_score(x.expand(3, -1, -1), torch.stack([x, x + away]))
+    torch.testing.assert_close(score, -away.norm(dim=-1), rtol=1e-5, atol=0)  # no diversity; half of the targets lie |away| away
+
+
 # The loss
 
 

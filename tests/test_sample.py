@@ -204,9 +204,12 @@ def test_one_over_t_as_a_whole_number_and_a_fraction():
 
 
 def test_distinct_draws_are_what_a_counter_finds():
-    """Also where a chunk's tokens, read as digits of one number, would overflow 64 bits."""
-    for high, K in ((3, 4), (200_000, 4), (2**31, 8)):
-        draws = torch.randint(0, 3, (5, 40, K)) * (high // 3)
+    """
+    Also where a chunk's tokens, read as digits of one number, would overflow 64 bits: with powers of 2 for digits and base,
+    chunks whose first tokens differ would then become the same number.
+    """
+    for tokens, K in (([0, 1, 2], 4), ([0, 2**15, 2**16 - 1], 4), ([0, 2**31, 2**32 - 1], 8)):
+        draws = torch.tensor(tokens)[torch.randint(0, 3, (5, 40, K))]
         found = [Counter() for _ in draws]
         for pool, place, count in zip(*distinct_draws(draws.numpy())):
             found[pool][tuple(draws[pool, place].tolist())] += count.item()

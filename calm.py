@@ -333,6 +333,12 @@ def config_of_copy(weights, config):
 # The discrete Transformer, for comparison
 
 
+def draw_categorical(P, n, generator=None):
+    """n independent draws from each distribution: P (..., V) -> (n, ...) int."""
+    draws = P.reshape(-1, P.shape[-1]).multinomial(n, replacement=True, generator=generator)  # (rows, n)
+    return draws.T.reshape(n, *P.shape[:-1])
+
+
 class TransformerLM(nn.Module):
     """
     The ordinary language model on the same backbone: one token a step, a softmax over the vocabulary, cross-entropy. Its
@@ -363,9 +369,7 @@ class TransformerLM(nn.Module):
     @torch.no_grad()
     def draw_chunks(self, hidden, n, generator=None, temperature=1.0):
         """n independent draws of the next token: (..., d) -> (n, ..., 1) int. With logits, any temperature > 0 is a division."""
-        P = (self.unembedding(hidden).float() / temperature).softmax(-1)
-        draws = P.view(-1, P.shape[-1]).multinomial(n, replacement=True, generator=generator)  # (rows, n)
-        return draws.T.reshape(n, *hidden.shape[:-1], 1)
+        return draw_categorical((self.unembedding(hidden).float() / temperature).softmax(-1), n, generator).unsqueeze(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -518,18 +522,22 @@ def flops_per_token(config, autoencoder=None, draws=1):
         encoder, decoder = autoencoder_flops(c)
         return 3 * (encoder + decoder) / K, (encoder + decoder) / K
     steps = c.context // K - 1  # with something to predict
-    backbone = c.n_layers * (8 * d * d + 4 * steps * d + 6 * d * c.intermediate_size)  # projections, attention, SwiGLU
     if isinstance(c, TransformerConfig):
-        forward = backbone + 2 * d * c.vocab_size
+        forward = backbone_flops(c) + 2 * d * c.vocab_size
         return 3 * forward * steps / c.context, forward
     encoder, decoder = autoencoder_flops(autoencoder)
     l, M, N = c.latent_size, c.n_targets, c.n_samples
-    once = 4 * (K + 1) * d * d + backbone + 2 * (1 + c.n_head_blocks) * d * d  # compression, Transformer, what h gives the head
+    once = 4 * (K + 1) * d * d + backbone_flops(c) + 2 * (1 + c.n_head_blocks) * d * d  # compression, Transformer, what h gives the head
     noise_in = 2 * c.noise_size * d
     draw = noise_in + (10 * c.n_head_blocks + 2) * d * d + 2 * d * l  # what each draw adds
     loss = 2 * M * l + 2 * 2 * N * M * l + 3 * 2 * N * N * l  # norms of targets (no gradient), distances to them, between samples
     training = 3 * (once + N * draw) - N * noise_in + loss + encoder  # nobody asks for the noise's gradient, or the encoder's
     return training * steps / c.context, (once + draws * (draw + decoder)) / K
+
+
+def backbone_flops(c):
+    """Floating-point operations per step of a forward pass: projections, attention to a full context, SwiGLU."""
+    return c.n_layers * (8 * c.hidden_size**2 + 4 * (c.context // c.chunk_size - 1) * c.hidden_size + 6 * c.hidden_size * c.intermediate_size)
 
 
 def autoencoder_flops(c):

@@ -43,6 +43,13 @@ def distance_power(products, squares, alpha):
     return squared.masked_fill(same, 1.0).pow(alpha / 2).masked_fill(same, 0.0)
 
 
+def pairwise_distances(x, alpha):
+    """|x_i - x_j|^alpha for all pairs of points: (..., N, l) -> (..., N, N)."""
+    products = x @ x.transpose(-1, -2)
+    own = products.diagonal(dim1=-2, dim2=-1)  # |x_i|^2
+    return distance_power(products, own[..., :, None] + own[..., None, :], alpha)
+
+
 def in_full_precision(*tensors):
     """At least float32: in half precision, sums of squares lose the distances that they are made of."""
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
@@ -54,11 +61,8 @@ def diversity(samples, alpha=1.0):
     if n < 2:
         raise ValueError("the diversity of a sampler needs at least 2 samples")
     x = (samples - samples.mean(0)).movedim(0, -2)  # (..., N, l), the cloud about its centre
-    products = x @ x.transpose(-1, -2)
-    own = products.diagonal(dim1=-2, dim2=-1)  # |x_n|^2
-    distances = distance_power(products, own[..., :, None] + own[..., None, :], alpha)  # (..., N, N)
     # A draw's distance to itself is 0 and adds nothing, but does not count as a pair: divide by N (N - 1), not by N^2.
-    return distances.sum((-1, -2)) / (n * (n - 1))
+    return pairwise_distances(x, alpha).sum((-1, -2)) / (n * (n - 1))
 
 
 def energy_score(samples, targets, alpha=1.0):
@@ -119,6 +123,19 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
 # The head
 
 
+def init_linear_maps(module):
+    """The weights of all its linear maps get std 1/sqrt(fan-in), their biases 0: see `init_by_width` in autoencoder.py."""
+    for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.zeros_(linear.bias)
+
+
+def linear_of_both(linear, x, c):
+    """linear([x, c]) for x (n, ..., d), c (..., d). W [x, c] = W_x x + W_c c, and all n share c: its half is computed once."""
+    weight_x, weight_c = linear.weight.split([x.shape[-1], c.shape[-1]], dim=1)
+    return F.linear(x, weight_x) + F.linear(c, weight_c, linear.bias)
+
+
 class HeadBlock(nn.Module):
     """
     x <- x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]):  x (n, ..., d), c (..., d) -> (n, ..., d).
@@ -134,9 +151,7 @@ class HeadBlock(nn.Module):
         self.down = nn.Linear(d, d)
 
     def forward(self, x, c):
-        # W [x, c] = W_x x + W_c c. All n samples of a position share c, so its half is computed once and added to all of them.
-        weight_x, weight_c = self.linear_in.weight.chunk(2, dim=1)
-        h = F.linear(self.norm(x), weight_x) + F.linear(c, weight_c, self.linear_in.bias)
+        h = linear_of_both(self.linear_in, self.norm(x), c)
         gate, up = self.linear_out(F.silu(self.linear_mid(F.silu(h)))).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
@@ -157,11 +172,8 @@ class EnergyHead(nn.Module):
         self.final_norm = nn.LayerNorm(d, eps=NORM_EPS)
         self.final_in = nn.Linear(d, d)
         self.final_out = nn.Linear(d, latent_size)
-        # By width: see `init_by_width` in autoencoder.py. The last map starts at zero: every first prediction is the origin.
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            nn.init.zeros_(linear.bias)
-        nn.init.zeros_(self.final_out.weight)
+        init_linear_maps(self)
+        nn.init.zeros_(self.final_out.weight)  # so that every first prediction is the origin
 
     def forward(self, hidden, noise):
         """hidden (..., d), noise (..., noise_size), which may have more leading dimensions than hidden  ->  latent (..., l)."""

@@ -25,6 +25,7 @@ import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig, InputError
 from calm import CALM, CALMConfig, KVCache, TransformerConfig, TransformerLM
+from classroom.recipes import ChoiceCALM
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Temperature
@@ -345,7 +346,7 @@ def load_model(out_dir, name):
     else:
         model = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
     if name == "calm":
-        model = CALM(CALMConfig(**checkpoint["calm_config"]), model)
+        model = (ChoiceCALM if checkpoint.get("recipe") == "choices" else CALM)(CALMConfig(**checkpoint["calm_config"]), model)
     model.load_state_dict(checkpoint["weights"])
     return model.eval(), encoding, checkpoint.get("summary")
 

@@ -31,6 +31,8 @@ import torch
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig, InputError, read_json
 from calm import CALM, CALMConfig, TransformerConfig, TransformerLM, evaluate_brier, flops_per_token
+from classroom.curves import draw_curves
+from classroom.recipes import RECIPES, ChoiceCALM, build_calm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings. Each row is a flag, each preset a column of defaults.
@@ -52,7 +54,7 @@ SETTINGS = {
     "n_samples": (4, 8, "N, samples of the head at each position in the loss"),
     "context": (256, 2048, "tokens in a sequence"),
     "batch_size": (16, 32, "sequences in a step"),
-    "steps": (2800, 40_000, "steps of CALM"),
+    "steps": (4000, 40_000, "steps of CALM"),
     "lr": (2e-3, 3e-4, "highest learning rate of CALM"),
 }
 BETAS, WEIGHT_DECAY, GRADIENT_CLIP = (0.9, 0.95), 0.1, 1.0  # AdamW, as published
@@ -70,6 +72,8 @@ def parse_settings():
     parser.add_argument("--preset", choices=PRESETS, default="quick", help="a set of defaults (default: quick)")
     parser.add_argument("--stage", choices=("all", "autoencoder", "calm", "baseline"), default="all", help=(
         "calm takes the autoencoder and the tokenizer that are in --out_dir; baseline is a discrete Transformer (default: all)"))
+    parser.add_argument("--recipe", choices=RECIPES, help="choices: for small runs; energy: the paper's head; released: all as "
+                        "the released code (default of quick: choices; of gpu, where that was not tried yet: energy)")  # fmt: skip
     parser.add_argument("--out_dir", metavar="DIR", help="everything a run writes goes there (default: out/<preset>)")
     parser.add_argument("--tokenizer", metavar="NAME_OR_FILE", help="instead of --vocab_size: gpt2, …, or a ranks file")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -77,9 +81,10 @@ def parse_settings():
     for name, (quick, gpu, text) in SETTINGS.items():
         parser.add_argument(f"--{name}", type=type(quick), help=f"{text} (quick: {quick}, gpu: {gpu})")
     settings = parser.parse_args()
+    settings.recipe = settings.recipe or {"quick": "choices", "gpu": "energy"}[settings.preset]
     for name, columns in SETTINGS.items():
         if getattr(settings, name) is None:
-            setattr(settings, name, columns[PRESETS.index(settings.preset)])
+            setattr(settings, name, RECIPES[settings.recipe].get(name, columns[PRESETS.index(settings.preset)]))
         elif name != "data" and not 0 < getattr(settings, name) < 2**31:
             raise InputError(f"--{name} must be above 0 and below 2 billion, not {getattr(settings, name)}.")
     if settings.stage == "baseline":
@@ -99,24 +104,19 @@ def model_configs(settings, vocab_size):
     d = settings.hidden_size
     inner = math.ceil(d * 8 / 3 / 64) * 64  # LLaMA's rule for the width of SwiGLU: 1024 gives the published 2752
     n_layers, n_heads, context = settings.n_layers, settings.n_heads, settings.context
-    head = {"n_head_blocks": settings.n_head_blocks, "n_samples": settings.n_samples}
-    calm = CALMConfig(*shared, d, inner, n_layers, n_heads, context=context, **head)
+    calm = CALMConfig(*shared, d, inner, n_layers, n_heads, n_head_blocks=settings.n_head_blocks, n_samples=settings.n_samples, context=context)
     return {"autoencoder": autoencoder, "calm": calm, "baseline": TransformerConfig(vocab_size, d, inner, n_layers, n_heads, context)}
 
 
-def write_atomically(path, write):
-    """Calls write(temporary path), then renames it to `path`: a reader finds the old file or the new one, never half of one."""
+def write_atomically(path, content):
+    """Writes a text, or calls content(path), to a temporary path and renames it: a reader never finds half a file."""
     temporary = f"{path}.part{os.getpid()}"
     try:
-        write(temporary)
+        Path(temporary).write_text(content, encoding="utf-8") if isinstance(content, str) else content(temporary)
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-
-
-def write_text_file(path, text):
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,9 +280,8 @@ def prepare_data(settings, encoding=None):
     if min(len(train), len(validation)) < settings.context:
         shorter = f"the text is too short: {len(train)} tokens to train on and {len(validation)} held out"
         raise InputError(f"{shorter}, and each must be a context of {settings.context}: use more text, or a smaller --context.")
-    sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    description = {"source": settings.data, "characters": len(text), "tokens": len(train) + len(validation), "sha256": sha256}
-    return train, validation, encoding, description
+    description = {"source": settings.data, "characters": len(text), "tokens": len(train) + len(validation)}
+    return train, validation, encoding, description | {"sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
 
 
 def random_windows(tokens, n, length):
@@ -340,7 +339,7 @@ def read_log(out_dir):
 
 
 def write_log(out_dir, rows):
-    write_text_file(Path(out_dir) / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(Path(out_dir) / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def log_report(out_dir, row, steps, text):
@@ -381,9 +380,8 @@ def train_autoencoder(settings, train, validation, encoding):
         ))  # fmt: skip
 
     seconds = optimise(model, lambda: random_windows(train, batch, K), steps, settings.autoencoder_lr, report)
-    by_noise = {str(noise): model.accuracy(held_out, noise) for noise in NOISE_LEVELS}
+    by_noise, tokens = {str(noise): model.accuracy(held_out, noise) for noise in NOISE_LEVELS}, steps * batch * K
     summary = {"accuracy": by_noise["0.0"], "accuracy_noise_0.3": by_noise["0.3"], "accuracy_by_noise": by_noise}
-    tokens = steps * batch * K
     summary |= {"parameters": parameters, "seconds": seconds, "tokens": tokens, "training_flops": tokens * flops_per_token(config)[0]}
     save_checkpoint(settings.out_dir, "autoencoder", model, encoding, autoencoder_config=asdict(config), summary=summary)
     return model, summary
@@ -424,7 +422,8 @@ def train_language_model(settings, train, validation, encoding, autoencoder=None
     kind = "calm" if autoencoder else "baseline"
     config = model_configs(settings, encoding.n_vocab)[kind]
     context, steps, batch = config.context, settings.steps, settings.batch_size
-    model = (CALM(config, autoencoder) if autoencoder else TransformerLM(config)).to(settings.device)
+    few = random_windows(train, 4096, config.chunk_size)
+    model = build_calm(settings.recipe, config, autoencoder, few) if autoencoder else TransformerLM(config).to(settings.device)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{kind}: {parameters:,} parameters, {context} tokens = {context // config.chunk_size} steps of {config.chunk_size}")
     write_log(settings.out_dir, [row for row in read_log(settings.out_dir) if row["stage"] != kind])
@@ -439,42 +438,17 @@ def train_language_model(settings, train, validation, encoding, autoencoder=None
 
     seconds = optimise(model, lambda: random_windows(train, batch, context), steps, settings.lr, report)
     tokens, flops = steps * batch * context, flops_per_token(config, autoencoder and autoencoder.config)
+    if isinstance(model, ChoiceCALM):
+        flops = model.flops_per_token()
     summary = {**evaluate(model, held_out, batch, tokens_per_byte), "parameters": parameters, "seconds": seconds, "tokens": tokens}
     summary |= {"training_flops": tokens * flops[0], "inference_flops_per_token": flops[1]}
-    configs = {"autoencoder_config": asdict(autoencoder.config)} if autoencoder else {}
+    configs = {"autoencoder_config": asdict(autoencoder.config), "recipe": settings.recipe} if autoencoder else {}
     save_checkpoint(settings.out_dir, kind, model, encoding, summary=summary, **{f"{kind}_config": asdict(config)}, **configs)
     return model, summary
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The report
-
-
-def draw_curves(path, rows, autoencoder=None):
-    """curves.png: how the loss came down, how the score went up; and, for CALM, how much noise its autoencoder bears."""
-    from matplotlib.figure import Figure  # here, because it takes a second to load
-
-    figure = Figure(figsize=(15 if autoencoder else 10, 4.2), layout="constrained")
-    left, middle, *right = figure.subplots(1, 3 if autoencoder else 2)
-    millions = [row["tokens"] / 1e6 for row in rows]
-    terms = {"val_loss": "energy loss = 2 · fidelity − diversity", "fidelity": "fidelity  E‖x − y‖", "diversity": "diversity  E‖x′ − x″‖"}
-    for name, label in terms.items() if autoencoder else [("bits_per_byte", "cross-entropy")]:
-        left.plot(millions, [row[name] for row in rows], label=label, ls="--" if name == "diversity" else "-")
-    for n in range(4):
-        middle.plot(millions, [100 * row["brier"][n] for row in rows], label=f"Brier-{n + 1}")
-    lm, errors = [row["brier_lm"] for row in rows], [row["brier_lm_se"] for row in rows]
-    middle.errorbar(millions, lm, errors, color="black", lw=2, capsize=3, label="BrierLM ± standard error")
-    for axes, what, unit in (left, "loss", "distance in latent space" if autoencoder else "bits per byte"), (middle, "score", "score × 100"):
-        axes.set(title=f"The {what} on held-out text", xlabel="training tokens (millions)", ylabel=unit)
-    if autoencoder:
-        noise = {float(sigma): 100 * accuracy for sigma, accuracy in autoencoder["accuracy_by_noise"].items()}
-        right[0].plot(noise.keys(), noise.values(), marker="o", label="the posterior's mean + noise, decoded")
-        right[0].axvline(0.3, color="grey", ls=":", label="the paper's test: σ = 0.3")
-        right[0].set(title="Autoencoder: noise on the latent", xlabel="σ of the noise on z", ylabel="held-out tokens recovered (%)")
-    for axes in (left, middle, *right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def main():
@@ -504,14 +478,15 @@ def main():
         model, summary[kind] = train_language_model(settings, *texts, autoencoder)
         run["protocol"] = {name: summary[kind].pop(name) for name in ("context", "positions")} | {"split": "validation"}
         rows = [row for row in read_log(out_dir) if row["stage"] == kind]
-        draw_curves(out_dir / f"{prefix}curves.png", rows, autoencoder and summary["autoencoder"])
+        curves = draw_curves(rows, autoencoder and summary["autoencoder"])
+        write_atomically(out_dir / f"{prefix}curves.png", lambda path: curves.savefig(path, format="png", dpi=110))
         generator = torch.Generator(settings.device).manual_seed(settings.seed % 2**64)
         text = sample.write_text(model, texts[-1], "\n", SAMPLE_TOKENS, SAMPLE_TEMPERATURE, generator=generator)
-        write_text_file(out_dir / f"{prefix}sample.txt", text)
+        write_atomically(out_dir / f"{prefix}sample.txt", text)
         print(f"\nA sample at temperature {SAMPLE_TEMPERATURE}:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}\n{describe(summary[kind])}")
         print("(Brier scores × 100; {positions:,} held-out positions, contexts of {context} tokens)".format(**run["protocol"]))
     (summary if autoencoder else summary["baseline"]).update(run)
-    write_text_file(out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     if autoencoder:
         part = summary["autoencoder"]
         print(f"autoencoder: {part['accuracy']:.3%} of held-out tokens recovered, {part['accuracy_noise_0.3']:.3%} with noise of 0.3 on z")

@@ -31,7 +31,7 @@ from train import optimise  # noqa: E402
 SCALES = {
     "quick": {
         "all": "--steps 1500 --batch_size 16 --context 256 --lr 2e-3",
-        "calm": "--hidden_size 128 --n_layers 4 --n_heads 4",
+        "calm": "--recipe energy --hidden_size 128 --n_layers 4 --n_heads 4",
         "models": {
             "Transformer-S": "--stage baseline --hidden_size 64 --n_layers 2 --n_heads 2",
             "Transformer-M": "--stage baseline --hidden_size 96 --n_layers 3 --n_heads 3",
@@ -44,7 +44,7 @@ SCALES = {
     },
     "gpu": {
         "all": "--preset gpu --vocab_size 4096 --steps 4000 --batch_size 64 --context 1024 --lr 1e-3",
-        "calm": "--hidden_size 512 --n_layers 8 --n_heads 8 --n_head_blocks 2 --autoencoder_steps 4000 --autoencoder_lr 1e-3",
+        "calm": "--recipe energy --hidden_size 512 --n_layers 8 --n_heads 8 --n_head_blocks 2 --autoencoder_steps 4000 --autoencoder_lr 1e-3",
         "models": {
             "Transformer-S": "--stage baseline --hidden_size 256 --n_layers 4 --n_heads 4",
             "Transformer-M": "--stage baseline --hidden_size 384 --n_layers 6 --n_heads 6",

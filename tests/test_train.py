@@ -172,7 +172,7 @@ def test_the_learning_rate_rises_then_falls_to_zero():
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file.txt"
-    train.write_text_file(str(path), "old")
+    train.write_atomically(str(path), "old")
 
     def broken(temporary):
         with open(temporary, "w") as f:

@@ -1,0 +1,31 @@
+"""The picture that train.py leaves beside a model: curves.png."""
+
+
+def draw_curves(rows, autoencoder=None):
+    """
+    How the loss came down and the score went up, over the rows of log.jsonl of one stage; and, for CALM, how much noise its
+    autoencoder bears (its part of summary.json). Returns the figure.
+    """
+    from matplotlib.figure import Figure  # here, because it takes a second to load
+
+    figure = Figure(figsize=(15 if autoencoder else 10, 4.2), layout="constrained")
+    left, middle, *right = figure.subplots(1, 3 if autoencoder else 2)
+    millions = [row["tokens"] / 1e6 for row in rows]
+    terms = {"val_loss": "energy loss = 2 · fidelity − diversity", "fidelity": "fidelity  E‖x − y‖", "diversity": "diversity  E‖x′ − x″‖"}
+    for name, label in terms.items() if autoencoder else [("bits_per_byte", "cross-entropy")]:
+        left.plot(millions, [row[name] for row in rows], label=label, ls="--" if name == "diversity" else "-")
+    for n in range(4):
+        middle.plot(millions, [100 * row["brier"][n] for row in rows], label=f"Brier-{n + 1}")
+    lm, errors = [row["brier_lm"] for row in rows], [row["brier_lm_se"] for row in rows]
+    middle.errorbar(millions, lm, errors, color="black", lw=2, capsize=3, label="BrierLM ± standard error")
+    for axes, what, unit in (left, "loss", "distance in latent space" if autoencoder else "bits per byte"), (middle, "score", "score × 100"):
+        axes.set(title=f"The {what} on held-out text", xlabel="training tokens (millions)", ylabel=unit)
+    if autoencoder:
+        noise = {float(sigma): 100 * accuracy for sigma, accuracy in autoencoder["accuracy_by_noise"].items()}
+        right[0].plot(noise.keys(), noise.values(), marker="o", label="the posterior's mean + noise, decoded")
+        right[0].axvline(0.3, color="grey", ls=":", label="the paper's test: σ = 0.3")
+        right[0].set(title="Autoencoder: noise on the latent", xlabel="σ of the noise on z", ylabel="held-out tokens recovered (%)")
+    for axes in (left, middle, *right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure

@@ -27,5 +27,5 @@ def draw_curves(rows, autoencoder=None):
         right[0].set(title="Autoencoder: noise on the latent", xlabel="σ of the noise on z", ylabel="held-out tokens recovered (%)")
     for axes in (left, middle, *right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize="small", loc=(0.43, 0.42) if axes is middle else "best")  # between Brier-1 and Brier-2
     return figure

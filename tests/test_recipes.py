@@ -1,6 +1,8 @@
-"""The recipe for small runs: a head whose noise is K choices, and its score in closed form."""
+"""The recipe for small runs: a head whose noise is K choices, and its score in closed form. What small runs learn."""
 
 import itertools
+import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,9 +12,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import sample
+import train
 from autoencoder import Autoencoder, AutoencoderConfig
 from calm import CALM, CALMConfig
-from classroom.recipes import ChoiceCALM, ChoiceHead, accuracy_of_codes, energy_score_of_choice
+from classroom.recipes import ChoiceCALM, ChoiceHead, accuracy_of_codes, build_calm, energy_score_of_choice
+from classroom.small_runs import share_of_words, words_of
 from energy_head import energy_score, pairwise_distances
 
 V, K, D, L = 5, 3, 12, 4
@@ -160,3 +165,51 @@ def test_flops(a):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.draw_chunks(model.hidden_states(history), 5)
     assert counter.get_total_flops() / history.numel() == pytest.approx(inference, rel=1e-9)
+
+
+# The recipes as settings
+
+
+def test_the_released_recipe_has_the_released_first_weights():
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(AutoencoderConfig(40, 4, 8, 32, 64))
+    before = [p.clone() for p in autoencoder.parameters()]
+    model = build_calm("released", CALMConfig(40, 4, 8, 64, 128, n_layers=1, n_heads=2), autoencoder, None)
+    assert not model.head.final_out.weight.any()
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dim() == 2 and name != "head.final_out.weight":
+            assert 0.015 < p.std() < 0.025, name
+    assert all(torch.equal(a, b) for a, b in zip(before, autoencoder.parameters()))
+    assert type(model) is CALM
+
+
+@pytest.mark.parametrize(
+    "flags, lr, n_samples",
+    [("", 2e-3, 4), ("--recipe released", 3e-4, 8), ("--recipe released --lr 1e-3", 1e-3, 8), ("--recipe energy", 2e-3, 4)],
+)
+def test_a_recipe_brings_its_settings_and_a_flag_overrides_them(flags, lr, n_samples, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", *flags.split()])
+    settings = train.parse_settings()
+    assert (settings.lr, settings.n_samples) == (lr, n_samples)
+    assert settings.recipe == (flags.split() or ["", "choices"])[1]
+
+
+def test_a_checkpoint_brings_its_head_back(tmp_path):
+    encoding = sample.make_encoding({bytes([b]): b for b in range(256)})
+    autoencoder = Autoencoder(AutoencoderConfig(257, 4, 8, 16, 32))
+    config = CALMConfig(257, 4, 8, 16, 32, n_layers=1, n_heads=2, context=32)
+    model = build_calm("choices", config, autoencoder, torch.randint(257, (100, 4))).eval()
+    configs = {"calm_config": asdict(config), "autoencoder_config": asdict(autoencoder.config)}
+    train.save_checkpoint(tmp_path, "calm", model, encoding, recipe="choices", **configs)
+    loaded, _, _ = sample.load_model(tmp_path, "calm")
+    prompt = torch.randint(257, (2, 9))
+    texts = [sample.generate(m, prompt, 20, 0.5, generator=torch.Generator().manual_seed(0)) for m in (model, loaded)]
+    assert torch.equal(*texts)
+
+
+# What small runs learn
+
+
+def test_words_are_two_letters_or_more_and_whole():
+    assert words_of("The cat's a fée, 2x 3abc-de\nend") == ["The", "cat", "fée", "abc", "de"]
+    assert share_of_words(["The cat ", "tho cat ca"], {"The", "cat"}) == (3 / 4, 4)

@@ -30,6 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("autoencoder.py", "energy_head.py", "calm.py", "sample.py", "train.py")
+HELPERS = ("classroom/recipes.py", "classroom/curves.py", "classroom/small_runs.py")  # without exercises, but the sources need them
 REFERENCE = ".reference"  # in a copy: the files as they were
 SECONDS = 60  # a worked example that takes longer will never end
 
@@ -122,11 +123,14 @@ def new(folder, harder=False):
         raise SystemExit("this is a student's copy already: use new in the project itself.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SystemExit(f"{folder} exists and is not empty: name a new folder.")
-    (folder / REFERENCE).mkdir(parents=True)
+    (folder / REFERENCE / "classroom").mkdir(parents=True)
     (folder / "classroom").mkdir()
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "test_exercises.py"))
     for name in ("README.md", "LICENSE", "requirements.txt", "classroom/exercises.py"):
         shutil.copy(ROOT / name, folder / name)
+    for name in HELPERS:
+        shutil.copy(ROOT / name, folder / name)
+        shutil.copy(ROOT / name, folder / REFERENCE / name)
     for name in SOURCES:
         source = read(ROOT / name)
         (folder / REFERENCE / name).write_text(source, encoding="utf-8")

@@ -422,7 +422,7 @@ def train_language_model(settings, train, validation, encoding, autoencoder=None
     kind = "calm" if autoencoder else "baseline"
     config = model_configs(settings, encoding.n_vocab)[kind]
     context, steps, batch = config.context, settings.steps, settings.batch_size
-    few = random_windows(train, 4096, config.chunk_size)
+    few = random_windows(train, 4096, config.chunk_size) if autoencoder and settings.recipe == "choices" else None
     model = build_calm(settings.recipe, config, autoencoder, few) if autoencoder else TransformerLM(config).to(settings.device)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{kind}: {parameters:,} parameters, {context} tokens = {context // config.chunk_size} steps of {config.chunk_size}")

@@ -144,7 +144,7 @@ def accuracy_of_codes(head, autoencoder, chunks):
 
 
 def build_calm(recipe, config, autoencoder, chunks):
-    """The untrained CALM of that recipe, on the autoencoder's device; chunks (many, K) int: some of the training text."""
+    """The untrained CALM of that recipe, on the autoencoder's device; chunks (many, K) int: some of the training text, for `choices`."""
     device = next(autoencoder.parameters()).device
     model = (ChoiceCALM if recipe == "choices" else CALM)(config, autoencoder).to(device)
     if recipe == "choices":

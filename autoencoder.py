@@ -15,17 +15,11 @@ Letters used for dimensions, here and in the other files:
     V  vocabulary           d  width of a network      l  size of the latent vector      ... any leading dimensions
 """
 
-import json
-import pickle
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 NORM_EPS = 1e-6  # of every RMSNorm and LayerNorm, as in the released code
 
@@ -51,10 +45,10 @@ class AutoencoderConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "chunk_size", "latent_size", "hidden_size", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise InputError(f"{name} must be at least 1, and no more than a computer can hold, not {getattr(self, name)}.")
         for name in ("n_encoder_layers", "n_decoder_layers"):
-            if getattr(self, name) < 0 or getattr(self, name) % 2:
+            if not 0 <= getattr(self, name) < 1000 or getattr(self, name) % 2:
                 raise InputError(f"{name} must be even, half on either side of the squeeze, not {getattr(self, name)}.")
 
 
@@ -139,10 +133,9 @@ class Autoencoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """The autoencoder in a folder of the released layout. Raises InputError, naming what is wrong, for any other folder."""
-        config = AutoencoderConfig(**read_config(folder, "Autoencoder", RELEASED_CONFIG))
-        with torch.device("meta"):  # shapes without memory: the weights are put in their places, not copied
-            model = cls(config)
-        return load_released(model, read_weights(folder), RELEASED_NAMES)
+        from classroom.released import load_autoencoder
+
+        return load_autoencoder(folder)
 
     def encode(self, tokens):
         """tokens (..., K) int  ->  mean, log_std of the posterior over z, each (..., l)."""
@@ -212,112 +205,3 @@ class Autoencoder(nn.Module):
         mean, _ = self.encode(tokens)
         epsilon = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return (self.decode_tokens(mean + noise * epsilon) == tokens).float().mean().item()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The released checkpoints: a folder with config.json and pytorch_model.bin or model.safetensors, perhaps in several parts
-
-
-def name_table(text):
-    """{"a": "b"} from the text "a=b": names in the released code = names here."""
-    return dict(pair.split("=") for pair in text.split())
-
-
-RELEASED_CONFIG = name_table("""
-    vocab_size=vocab_size  patch_size=chunk_size  latent_size=latent_size  hidden_size=hidden_size
-    intermediate_size=intermediate_size  num_encoder_layers=n_encoder_layers  num_decoder_layers=n_decoder_layers
-    ae_dropout=dropout  kl_clamp=kl_floor  kl_weight=kl_weight
-""")
-# * is the number of a layer; all but the last go on with .weight or .bias. The last are the tied embedding's numbers once more.
-RELEASED_NAMES = name_table("""
-    encoder.embed_tokens=embedding  encoder.encoder_layers.*.layernorm=encoder_blocks.*.norm
-    encoder.encoder_layers.*.mlp.gate_proj=encoder_blocks.*.mlp.gate  encoder.encoder_layers.*.mlp.up_proj=encoder_blocks.*.mlp.up
-    encoder.encoder_layers.*.mlp.down_proj=encoder_blocks.*.mlp.down
-    encoder.squeeze_layer=squeeze  encoder.norm=encoder_norm  encoder.hidden_to_latent=to_posterior
-    decoder.latent_to_hidden=from_latent  decoder.decoder_layers.*.layernorm=decoder_blocks.*.norm
-    decoder.decoder_layers.*.mlp.gate_proj=decoder_blocks.*.mlp.gate  decoder.decoder_layers.*.mlp.up_proj=decoder_blocks.*.mlp.up
-    decoder.decoder_layers.*.mlp.down_proj=decoder_blocks.*.mlp.down
-    decoder.expand_layer=expand  decoder.norm=decoder_norm  decoder.lm_head_weight=embedding.weight
-""")
-
-
-def read_json(path):
-    """The object in a JSON file. Raises InputError if there is none."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object.")
-    return content
-
-
-def read_config(folder, architecture, fields):
-    """Our config's arguments from the released config.json. Raises InputError, naming the field, for a model that is not ours."""
-    path, arguments = Path(folder) / "config.json", {}
-    released = read_json(path)
-    fixed = {"architectures": [architecture], "hidden_act": "silu", "rms_norm_eps": NORM_EPS, "mlp_bias": False,
-             "attention_bias": False, "rope_scaling": None,
-             "num_key_value_heads": released.get("num_attention_heads")}  # fmt: skip
-    for field, value in fixed.items():
-        if released.get(field, value) != value:
-            raise InputError(f"{path} has {field} = {released[field]!r}, where only {value!r} is implemented here.")
-    for field, name in fields.items():
-        arguments[name] = value = released.get(field)
-        fraction = field in ("ae_dropout", "kl_clamp", "kl_weight", "beta", "rope_theta")
-        if type(value) is not int and not (fraction and type(value) is float):
-            raise InputError(f"{path} must have a {'' if fraction else 'whole '}number as {field}, not {value!r}.")
-    return arguments
-
-
-def read_weights(folder):
-    """{released name: tensor} of all the weight files in a folder, mapped into memory: a page is read when it is first used."""
-    folder, weights = Path(folder), {}
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        files = [folder / name]
-        if (index := folder / f"{name}.index.json").exists():
-            files = [folder / str(part) for part in dict.fromkeys(read_json(index).get("weight_map", {}).values())]
-        elif not files[0].exists():
-            continue
-        for file in files:
-            try:
-                if file.suffix == ".safetensors":
-                    weights |= load_file(file)
-                else:
-                    weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except FileNotFoundError:
-                raise InputError(f"{file} is missing, though {index.name} names it.") from None
-            except (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError, pickle.UnpicklingError, SafetensorError):
-                raise InputError(f"{file} cannot be read: it is damaged, or holds something else than weights.") from None
-        return weights
-    raise InputError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
-
-
-def load_released(model, weights, names, loaded=None):
-    """
-    The model, with released weights {released name: tensor} in their places, and the tensors `loaded` {our name: tensor}
-    besides. None is copied. Names that stand for one place (tied weights, or a part saved twice) must hold equal tensors.
-    Raises InputError, naming the first misfit.
-    """
-    places, found = {name: parameter.shape for name, parameter in model.state_dict().items()}, dict(loaded or {})
-    for released, tensor in weights.items():
-        module, _, kind = released.rpartition(".")
-        number = re.search(r"(?<=\.)\d+(?=\.)", module)
-        pattern = module.replace(f".{number[0]}.", ".*.", 1) if number else module
-        name = names.get(released) or f"{names.get(pattern, '?')}.{kind}".replace("*", number[0] if number else "*")
-        if name not in places:
-            raise InputError(f"the weights hold {released}, which has no place in this model.")
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != places[name] or not tensor.is_floating_point():
-            shape = tuple(getattr(tensor, "shape", ()))
-            raise InputError(f"the weights hold {released} of shape {shape}, where the config asks for {tuple(places[name])}.")
-        if name in found and not torch.equal(found[name], tensor):
-            raise InputError(f"the weights hold {released}, which must equal its other copy and does not.")
-        found.setdefault(name, tensor)
-    if missing := [name for name in places if name not in found]:
-        module, _, kind = re.sub(r"\.\d+\.(?!weight|bias)", ".*.", missing[0]).rpartition(".")
-        released = next((there for there, here in names.items() if here == module), "?")
-        raise InputError(f"the weights lack {released}.{kind}, which is {missing[0]} here.")
-    model.load_state_dict(found, assign=True)
-    return model.eval()

@@ -14,15 +14,13 @@ Letters: those of autoencoder.py (B, T, L, K, V, d, l, ...), H attention heads, 
 
 import itertools
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autoencoder import NORM_EPS, Autoencoder, AutoencoderConfig, InputError, SwiGLU, init_by_width, load_released, name_table
-from autoencoder import RELEASED_NAMES as AUTOENCODER_NAMES, read_config, read_weights
+from autoencoder import NORM_EPS, AutoencoderConfig, InputError, SwiGLU, init_by_width
 from energy_head import EnergyHead, energy_loss
 
 
@@ -73,8 +71,8 @@ class TransformerConfig:
 def check_sizes(config):
     """Raises InputError, saying what to change, for sizes that cannot be."""
     for name, value in vars(config).items():
-        if value < 1 and name != "alpha":
-            raise InputError(f"{name} must be at least 1, not {value}.")
+        if not 1 <= value < (1000 if name.endswith(("layers", "blocks")) else 2**31) and name != "alpha":
+            raise InputError(f"{name} must be at least 1, and no more than a computer can hold, not {value}.")
     if config.hidden_size % (2 * config.n_heads):
         raise InputError(f"hidden_size {config.hidden_size} must be a multiple of twice n_heads ({config.n_heads}).")
     if config.context % config.chunk_size or config.context < 2 * config.chunk_size:
@@ -223,22 +221,11 @@ class CALM(nn.Module):
     def from_pretrained(cls, folder, autoencoder=None):
         """
         The model in a folder of the released layout. Its autoencoder is the folder's own frozen copy, unless another is given
-        (a module or a folder): the config's `ae_path` names a folder of the training server. Raises InputError, naming what
-        is wrong, for any other folder.
+        (a module or a folder). Raises InputError, naming what is wrong, for any other folder.
         """
-        arguments, weights = read_config(folder, "EnergyTransformer", RELEASED_CONFIG), read_weights(folder)
-        # Some configs count positions in tokens and some in chunks; to take them as tokens never exceeds what was trained.
-        K = max(1, arguments["chunk_size"])
-        config = CALMConfig(**{**arguments, "context": max(2, arguments["context"] // K) * K})
-        loaded = {}
-        if autoencoder is not None:
-            if not isinstance(autoencoder, Autoencoder):
-                autoencoder = Autoencoder.from_pretrained(autoencoder)
-            weights = {name: tensor for name, tensor in weights.items() if not name.startswith("ae_model.")}
-            loaded = {f"autoencoder.{name}": tensor for name, tensor in autoencoder.state_dict().items()}
-        with torch.device("meta"):  # shapes without memory
-            model = cls(config, autoencoder or Autoencoder(config_of_copy(weights, config)))
-        return load_released(model, weights, RELEASED_NAMES, loaded)
+        from classroom.released import load_calm
+
+        return load_calm(folder, autoencoder)
 
     def train(self, mode=True):
         """As for every module, but the frozen autoencoder stays in evaluation mode: its targets are undamaged."""
@@ -274,9 +261,10 @@ class CALM(nn.Module):
         c = self.config
         hidden = self.hidden_states(tokens[:, : -c.chunk_size])  # (B, L-1, d)
         samples = self.head.sample(hidden, c.n_samples)  # (N, B, L-1, l)
-        with torch.no_grad():
-            mean, log_std = self.autoencoder.encode(self.chunks(tokens)[:, 1:])  # (B, L-1, l)
-        loss, fidelity, diversity = energy_loss(samples, mean, log_std, c.n_targets, c.alpha)
+        with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 is too coarse for the difference of two distances
+            with torch.no_grad():
+                mean, log_std = self.autoencoder.encode(self.chunks(tokens)[:, 1:])  # (B, L-1, l)
+            loss, fidelity, diversity = energy_loss(samples.to(mean.dtype), mean, log_std, c.n_targets, c.alpha)
         return loss, {"fidelity": fidelity.item(), "diversity": diversity.item()}
 
     @torch.no_grad()
@@ -286,47 +274,6 @@ class CALM(nn.Module):
         All the randomness is in the latent; each token is the decoder's most probable one for it (paper, section 3).
         """
         return self.autoencoder.decode_tokens(self.head.sample(hidden, n, generator=generator))
-
-
-RELEASED_CONFIG = name_table("""
-    vocab_size=vocab_size  patch_size=chunk_size  latent_size=latent_size  hidden_size=hidden_size
-    intermediate_size=intermediate_size  num_hidden_layers=n_layers  num_attention_heads=n_heads  noise_size=noise_size
-    num_mlp_layers=n_head_blocks  num_samples=n_samples  beta=alpha  max_position_embeddings=context  rope_theta=rope_theta
-""")
-RELEASED_NAMES = name_table("""
-    transformer.embed_tokens=embedding  embed_proj.0=compression.0  embed_proj.2=compression.2  embed_proj.3=compression.3
-    transformer.layers.*.input_layernorm=backbone.blocks.*.attention_norm
-    transformer.layers.*.self_attn.q_proj=backbone.blocks.*.attention.query
-    transformer.layers.*.self_attn.k_proj=backbone.blocks.*.attention.key
-    transformer.layers.*.self_attn.v_proj=backbone.blocks.*.attention.value
-    transformer.layers.*.self_attn.o_proj=backbone.blocks.*.attention.out
-    transformer.layers.*.post_attention_layernorm=backbone.blocks.*.mlp_norm
-    transformer.layers.*.mlp.gate_proj=backbone.blocks.*.mlp.gate  transformer.layers.*.mlp.up_proj=backbone.blocks.*.mlp.up
-    transformer.layers.*.mlp.down_proj=backbone.blocks.*.mlp.down  transformer.norm=backbone.norm
-""")
-HEAD_NAMES = name_table("""
-    noise_embd=noise_in  norm_noise=noise_norm  hidden_embd=hidden_in  norm_hidden=hidden_norm  mlp_blocks.*.in_ln=blocks.*.norm
-    mlp_blocks.*.linears.0=blocks.*.linear_in  mlp_blocks.*.linears.2=blocks.*.linear_mid
-    mlp_blocks.*.linears.4=blocks.*.linear_out  mlp_blocks.*.down_proj=blocks.*.down  final_layer.in_ln=final_norm
-    final_layer.linears.0=final_in  final_layer.linears.2=final_out
-""")
-RELEASED_NAMES |= {f"ae_model.{released}": f"autoencoder.{here}" for released, here in AUTOENCODER_NAMES.items()}
-RELEASED_NAMES |= {f"generative_head.{released}": f"head.{here}" for released, here in HEAD_NAMES.items()}
-RELEASED_NAMES |= {f"mlp_generator.{released}": f"head.{here}" for released, here in HEAD_NAMES.items()}  # the head once more
-
-
-def config_of_copy(weights, config):
-    """The AutoencoderConfig of the frozen copy in a CALM checkpoint {released name: tensor}: its sizes are those of its tensors."""
-    shapes = {name.removeprefix("ae_model."): tuple(tensor.shape) for name, tensor in weights.items() if name.startswith("ae_model.")}
-    for name in ("encoder.squeeze_layer.weight", "encoder.encoder_layers.0.mlp.gate_proj.weight"):
-        if len(shapes.get(name, ())) != 2:
-            raise InputError(f"the weights lack ae_model.{name}: name the folder of an autoencoder.")
-    d, inputs = shapes["encoder.squeeze_layer.weight"]
-    if inputs != config.chunk_size * d:
-        raise InputError(f"ae_model.encoder.squeeze_layer.weight joins {inputs / d:g} tokens, where patch_size is {config.chunk_size}.")
-    inner = shapes["encoder.encoder_layers.0.mlp.gate_proj.weight"][0]
-    n_layers = [len({name for name in shapes if re.match(rf"{side}\.{side}_layers\.\d+\.layernorm", name)}) for side in ("encoder", "decoder")]
-    return AutoencoderConfig(config.vocab_size, config.chunk_size, config.latent_size, d, inner, *n_layers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,21 +11,22 @@ Letters: those of autoencoder.py (B, T, K, d, ...), N draws in a pool; in formul
 import argparse
 import base64
 import functools
-import gzip
 import itertools
-import lzma
 import math
 import os
+import signal
 import sys
 import warnings
 
 import numpy as np
+import regex
 import tiktoken
 import torch
 
 from autoencoder import Autoencoder, AutoencoderConfig, InputError
 from calm import CALM, CALMConfig, KVCache, TransformerConfig, TransformerLM
 from classroom.recipes import ChoiceCALM
+from classroom.texts import END_OF_TEXT, PIECES, read_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Temperature
@@ -239,7 +240,6 @@ def generate(model, prompt, n_tokens, temperature=1.0, method="batch", pool=200,
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers and checkpoints
 
-END_OF_TEXT = "<|endoftext|>"
 # Llama 3's own way to cut a text, and its special tokens, which follow the ranks of its `tokenizer.model`.
 LLAMA3_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -247,25 +247,6 @@ LLAMA3_PIECES = (
 _reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *_reserved[:4], "<|start_header_id|>", "<|end_header_id|>",
                   _reserved[4], "<|eot_id|>", *_reserved[5:]]  # fmt: skip
-# A text is cut into words (with the space before them), numbers, punctuation and white space before byte pairs are merged.
-# Bounded lengths keep the time linear whatever the text is.
-PIECES = r" ?\p{L}{1,40}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,20}|\s{1,20}"
-
-
-def read_file(path):
-    """The text of a file, `.gz` and `.xz` opened. Raises InputError if it is missing, unreadable or no text."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], open)
-    try:
-        with opener(path, "rb") as f:
-            data = f.read()
-    except (OSError, EOFError, lzma.LZMAError, gzip.zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    if b"\0" in data:
-        raise InputError(f"{path} is not text: it holds NUL bytes.")
-    text = data.decode("utf-8", errors="replace")
-    if wrong := text.count("\ufffd"):
-        print(f"note: {path} is not all UTF-8: {wrong} places are read as \ufffd.", file=sys.stderr)
-    return text
 
 
 def make_encoding(ranks, pattern=PIECES, special_tokens=None):
@@ -288,8 +269,9 @@ def ranks_from_text(text, source):
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise InputError(f"{source} is not a file of token ranks: line {number} is not 'BASE64 RANK'.") from None
-    if not all(bytes([b]) in ranks for b in range(256)) or len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise InputError(f"{source} is not a file of token ranks: it must hold all 256 single bytes, and no rank twice.")
+    numbers = {*ranks.values()}
+    if not all(bytes([b]) in ranks for b in range(256)) or len(numbers) < len(ranks) or not numbers <= {*range(2 * len(ranks))}:
+        raise InputError(f"{source} is not a file of token ranks: it must hold all 256 single bytes, no rank twice, and few gaps.")
     return ranks
 
 
@@ -339,16 +321,28 @@ def load_checkpoint(out_dir, name):
 
 
 def load_model(out_dir, name):
-    """The trained "autoencoder", "calm" (its frozen autoencoder inside) or "baseline", its tokenizer, its part of summary.json."""
-    checkpoint, encoding = load_checkpoint(out_dir, name)
-    if name == "baseline":
-        model = TransformerLM(TransformerConfig(**checkpoint["baseline_config"]))
-    else:
-        model = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
-    if name == "calm":
-        model = (ChoiceCALM if checkpoint.get("recipe") == "choices" else CALM)(CALMConfig(**checkpoint["calm_config"]), model)
-    model.load_state_dict(checkpoint["weights"])
-    return model.eval(), encoding, checkpoint.get("summary")
+    """
+    The trained "autoencoder", "calm" (its frozen autoencoder inside) or "baseline", its tokenizer, its part of summary.json.
+    Raises InputError for a checkpoint that is missing, damaged, or made by something else.
+    """
+    try:
+        checkpoint, encoding = load_checkpoint(out_dir, name)
+        with torch.device("meta"):  # shapes without memory: the weights are put in their places, not copied
+            if name == "baseline":
+                model = TransformerLM(TransformerConfig(**checkpoint["baseline_config"]))
+            else:
+                model = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
+            if name == "calm":
+                model = (ChoiceCALM if checkpoint.get("recipe") == "choices" else CALM)(CALMConfig(**checkpoint["calm_config"]), model)
+        model.load_state_dict(checkpoint["weights"], assign=True)
+        fit = all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in model.state_dict().values())
+        if not fit or encoding.n_vocab > model.config.vocab_size or regex.match(encoding._pat_str, ""):
+            raise ValueError("weights that are no numbers or too few for the tokenizer, or one that cuts texts into nothing")
+        return model.eval(), encoding, {**checkpoint["summary"]}
+    except InputError:
+        raise
+    except Exception as error:  # whatever wrong contents make Python and torch raise
+        raise InputError(f"{out_dir}/{name}.pt is damaged, or of another version of train.py ({type(error).__name__}).") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -369,21 +363,41 @@ def write_text(model, encoding, prompt, n_tokens, temperature, method="batch", p
 def pick_device(name):
     """The torch device of that name; for "auto" the best there is. Raises InputError for one that this machine lacks."""
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name != "auto" and name.split(":")[0] not in here:
-        raise InputError(f"there is no device {name} here: choose {' or '.join(here)}.")
-    return here[0] if name == "auto" else name
+    name = here[0] if name == "auto" else name
+    try:
+        torch.zeros(1, device=name if name.split(":")[0] in here else "none")  # the one way to know of cuda:7
+        return name
+    except RuntimeError:
+        raise InputError(f"there is no device {name} here: choose {' or '.join(here)}.") from None
 
 
 def run(main):
-    """Runs a script's main(); a mistake of the user's becomes one sentence on stderr and exit status 2."""
+    """
+    Runs a script's main(). A mistake of the user's, a file that cannot be written or too little memory become one sentence on
+    stderr and exit status 2; Ctrl-C and SIGTERM become status 130; both after whatever was half-written is removed.
+    """
+    name = os.path.basename(sys.argv[0])
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the source code around it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what this terminal cannot show is a ?
     try:
         main()
-    except InputError as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        sys.stdout.flush()  # here, where a full disk is still an error like the others
+    except KeyboardInterrupt as stopped:
+        print(f"{name}: {stopped or 'stopped.'}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+    except (InputError, OSError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in ("out of memory", "allocate", "Storage size")):
+            raise  # a mistake of ours
+        print(f"{name}: there is not enough memory for that: take smaller numbers.", file=sys.stderr)
+        sys.exit(2)
 
 
 def main():
@@ -416,7 +430,7 @@ def main():
         if not args.tokenizer:
             raise InputError("--pretrained needs --tokenizer FILE, the model's tokenizer.model.")
         model, encoding = CALM.from_pretrained(args.pretrained, args.autoencoder), load_tokenizer(args.tokenizer)
-        if len(encoding._mergeable_ranks) > model.config.vocab_size:
+        if max(encoding._mergeable_ranks.values()) >= model.config.vocab_size:
             raise InputError(f"{args.tokenizer} has more tokens than the model's vocabulary of {model.config.vocab_size}.")
     else:
         model, encoding, _ = load_model(args.out_dir, args.model)

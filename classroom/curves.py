@@ -1,4 +1,19 @@
-"""The picture that train.py leaves beside a model: curves.png."""
+"""The picture that train.py leaves beside a model, curves.png; and what its reports say of the machine."""
+
+import torch
+
+# Floating-point operations a second in bfloat16, without sparsity, from the makers' data sheets: what 100 % would be.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def how_busy(flops_per_second, device):
+    """What training makes of a device, as text: operations a second; for a GPU its memory and, if known, the share of its peak (MFU)."""
+    text = f"{flops_per_second / 1e9:,.0f} GFLOP/s"
+    if not device.startswith("cuda"):
+        return text
+    peaks = [peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()]
+    share = f" ({flops_per_second / peaks[0]:.1%} of the peak)" if peaks else ""
+    return f"{text}{share}  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
 
 
 def draw_curves(rows, autoencoder=None):

@@ -15,6 +15,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from matplotlib.figure import Figure
@@ -25,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "classroom")]
 import sample  # noqa: E402
 import train  # noqa: E402
 from autoencoder import Autoencoder, AutoencoderConfig, InputError  # noqa: E402
+from classroom.texts import train_bpe  # noqa: E402
 from compare import draw_correlation  # noqa: E402
 from energy_head import energy_score  # noqa: E402
 
@@ -146,10 +148,9 @@ class WithoutNoise(Autoencoder):
 
 
 def draw_robustness(args):
-    documents = train.read_documents(args.data)
-    training, held_out = train.split_documents(documents)
-    encoding = sample.make_encoding(train.train_bpe(training, 256))
-    tokens, validation = (train.encode_documents(encoding, texts) for texts in (training, held_out))
+    training, held_out, _ = train.split_source(args.data)
+    encoding = sample.make_encoding(train_bpe(training(), 256))
+    tokens, validation = (torch.from_numpy(np.concatenate([*train.encode_documents(encoding, part())])) for part in (training, held_out))
     chunks = validation[: len(validation) // 4 * 4].view(-1, 4)[:5000].long()
     variants = {
         "all four regularisers": (Autoencoder, {}),

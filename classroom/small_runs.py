@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
 import train  # noqa: E402
-from autoencoder import InputError, read_json  # noqa: E402
+from autoencoder import InputError  # noqa: E402
+from classroom.texts import read_json  # noqa: E402
 
 LABELS = {"choices": "recipe choices", "energy": "recipe energy", "released": "recipe released: std 0.02, lr 3e-4, N = 8"}
 
@@ -39,10 +40,10 @@ def share_of_words(texts, known):
 
 def print_words(args):
     model, encoding, _ = sample.load_model(args.folders[0], args.model)
-    training, held_out = train.split_documents(train.read_documents(args.data))
-    known = {word for document in training for word in words_of(document)}
+    training, held_out, _ = train.split_source(args.data)
+    known = {word for document in training() for word in words_of(document)}
     print(f"{args.model} in {args.folders[0]}: {args.texts} texts of {args.n_tokens} tokens; {len(known):,} words in the training text, "
-          f"and {share_of_words(held_out, known)[0]:.1%} of the held-out text's words are among them")  # fmt: skip
+          f"and {share_of_words(held_out(), known)[0]:.1%} of the held-out text's words are among them")  # fmt: skip
     for temperature in (1.0, 0.5, 0.25):
         generator = torch.Generator().manual_seed(args.seed)
         texts = [sample.write_text(model, encoding, "\n", args.n_tokens, temperature, generator=generator) for _ in range(args.texts)]

@@ -6,6 +6,7 @@ from conftest import SEEDS, tiny_calm
 
 from autoencoder import Autoencoder, AutoencoderConfig, InputError
 from calm import CALM, CALMConfig, KVCache, brier_lm, brier_score, brier_score_pairs, draw_continuations, evaluate_brier, rotate, rotation
+from energy_head import energy_loss
 from sample import generate
 
 # The backbone and the cache
@@ -92,6 +93,19 @@ def test_draws_are_the_decoded_samples_of_the_head():
     latent = model.head.sample(hidden, 5, torch.Generator().manual_seed(1))
     assert draws.shape == (5, 2, 3, 4)
     assert torch.equal(draws, model.autoencoder.decode(latent).argmax(-1))
+
+
+def test_mixed_precision_leaves_the_posterior_and_the_energy_loss_in_float32():
+    """The loss inside autocast is that of the head's bfloat16 draws, computed in float32 outside of it, with the same targets."""
+    model, tokens, seen = tiny_calm(), torch.randint(13, (2, 32)), {}
+    model.head.final_out.register_forward_hook(lambda *args: seen.update(samples=args[-1], state=torch.get_rng_state()))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model(tokens)
+    mean, log_std = model.autoencoder.encode(tokens.view(2, 8, 4)[:, 1:])
+    torch.set_rng_state(seen["state"])
+    expected, *_ = energy_loss(seen["samples"].float(), mean, log_std, model.config.n_targets)
+    assert seen["samples"].dtype == torch.bfloat16 and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
 def test_models_that_do_not_fit_together_are_refused():

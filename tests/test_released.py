@@ -16,7 +16,8 @@ from conftest import tiny_calm
 
 import sample
 from autoencoder import Autoencoder, InputError, kl_divergence
-from calm import CALM, RELEASED_NAMES, brier_score, evaluate_brier
+from calm import CALM, brier_score, evaluate_brier
+from classroom.released import CALM_NAMES
 from energy_head import energy_score
 
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
@@ -142,7 +143,7 @@ def test_safetensors_that_are_not_aligned(tmp_path):
 def as_released(model):
     """Our CALM as the released code would save it: (weights under released names, config)."""
     back = {}  # our name -> all its released names
-    for released, here in RELEASED_NAMES.items():
+    for released, here in CALM_NAMES.items():
         back.setdefault(here, set()).add(released)
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -187,11 +188,12 @@ def test_bfloat16_weights_stay_so_and_work(tmp_path):
 def test_what_we_save_we_load_bit_for_bit(tmp_path):
     from dataclasses import asdict
 
-    from train import save_checkpoint, train_bpe
+    from classroom.texts import train_bpe
+    from train import save_checkpoint
 
     model, encoding = tiny_calm(vocab_size=257), sample.make_encoding(train_bpe(["text"], 256))
     configs = {"autoencoder_config": asdict(model.autoencoder.config), "calm_config": asdict(model.config)}
-    save_checkpoint(tmp_path, "calm", model, encoding, **configs)
+    save_checkpoint(tmp_path, "calm", model, encoding, summary={}, **configs)
     loaded, same_encoding, _ = sample.load_model(tmp_path, "calm")
     assert same_weights(loaded, model) and loaded.config == model.config
     assert same_encoding.encode_ordinary("some text") == encoding.encode_ordinary("some text")

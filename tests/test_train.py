@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import http.server
 import json
 import lzma
@@ -17,6 +18,7 @@ import torch
 import sample
 import train
 from autoencoder import InputError
+from classroom import texts
 
 # Text
 
@@ -26,7 +28,7 @@ def test_a_play_becomes_a_page():
         "# Hamlet\n\n## ACT I\n\n_Enter GHOST_\n\n\n\n**HORATIO**  \nPeace, _break_ thee off;  \n\\--Look\\! \\[Aside]\n\n"
         "**First Clown**  \n*Sings* O—ho\n"
     )
-    assert train.play_to_text(markdown) == (
+    assert texts.play_to_text(markdown) == (
         "Hamlet\n\nACT I\n\nEnter GHOST\n\nHORATIO:\nPeace, break thee off;\n--Look! [Aside]\n\nFirst Clown:\nSings O--ho\n"
     )
 
@@ -38,14 +40,21 @@ def test_files_folders_and_compressed_files(tmp_path):
     with lzma.open(tmp_path / "c.xz", "wb") as f:
         f.write(b"fourth")
     (tmp_path / ".hidden").write_text("not this")
-    assert train.read_documents(str(tmp_path)) == ["first\n", "second\n", "third\n", "fourth\n"]
-    assert train.read_documents(str(tmp_path / "b.txt.gz")) == ["third\n"]
+    assert list(texts.read_documents(str(tmp_path))) == ["first\n", "second\n", "third\n", "fourth\n"]
+    assert list(texts.read_documents(str(tmp_path / "b.txt.gz"))) == ["third\n"]
 
 
-def test_bytes_that_are_no_utf8_are_replaced_and_said(tmp_path, capsys):
+def test_bytes_that_are_no_utf8_are_replaced_and_said(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 and more")
-    assert train.read_documents(str(tmp_path)) == ["caf\ufffd and more\n"]
-    assert "1 places" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="a.txt is not all UTF-8"):
+        assert list(texts.read_documents(str(tmp_path))) == ["caf\ufffd and more\n"]
+
+
+def test_a_mark_between_two_blocks_of_a_file_separates_too(tmp_path):
+    """A file is read in blocks of 16 MiB; here the mark lies across the end of the first."""
+    text = "a" * (2**24 - 5) + sample.END_OF_TEXT + "b"
+    (tmp_path / "a.txt").write_text(text)
+    assert [(document[0], len(document)) for document in texts.read_documents(str(tmp_path / "a.txt"))] == [("a", 2**24 - 4), ("b", 2)]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"a\0b", None])
@@ -54,14 +63,14 @@ def test_text_that_is_none(content, tmp_path):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match="a.txt"):
-        train.read_documents(str(path))
+        train.split_source(str(path))
 
 
 def test_a_damaged_archive_is_refused(tmp_path):
     for name, data in (("a.gz", gzip.compress(b"text" * 1000)[:20]), ("b.xz", b"no xz"), ("c.gz", b"no gz")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=name):
-            train.read_documents(str(tmp_path / name))
+            list(texts.read_documents(str(tmp_path / name)))
 
 
 @pytest.fixture
@@ -86,26 +95,30 @@ def server(tmp_path, monkeypatch):
 
 
 def test_a_url_is_fetched_once_and_whole(server):
-    assert train.read_documents(f"{server}/text") == ["the text\n"]
+    assert list(texts.read_documents(f"{server}/text")) == ["the text\n"]
     (kept,) = os.listdir("data")
-    assert train.download(f"{server}/text") == os.path.join("data", kept)
+    assert texts.download(f"{server}/text") == os.path.join("data", kept)
     for path in ("half", "missing"):
         with pytest.raises(InputError, match=path):
-            train.read_documents(f"{server}/{path}")
+            list(texts.read_documents(f"{server}/{path}"))
     assert os.listdir("data") == [kept]  # nothing half-written stays
 
 
-def test_whole_documents_are_held_out():
-    documents = [f"{i} " + "x" * 98 for i in range(40)] + ["y" * 2000]
-    rest, held_out = train.split_documents(documents)
-    assert Counter(rest) + Counter(held_out) == Counter(documents)
-    assert 0.05 <= sum(map(len, held_out)) / sum(map(len, documents)) < 0.1
-    assert train.split_documents(documents) == (rest, held_out)
+def test_whole_documents_are_held_out(tmp_path):
+    documents = [f"{i} " + "x" * 98 + "\n" for i in range(40)] + ["y" * 2000 + "\n"]
+    (tmp_path / "a.txt").write_text(sample.END_OF_TEXT.join(documents))
+    training, held_out, data = train.split_source(str(tmp_path / "a.txt"))
+    assert Counter(training()) + Counter(held_out()) == Counter(documents)
+    assert 0.05 <= sum(map(len, held_out())) / sum(map(len, documents)) < 0.1
+    assert list(training()) == list(training())
+    whole = sample.END_OF_TEXT.join(documents)
+    assert data["characters"] == len(whole) and data["sha256"] == hashlib.sha256(whole.encode()).hexdigest()
 
 
-def test_the_end_of_a_single_document_is_held_out():
-    text = "".join(map(str, range(1000)))
-    (rest,), (held_out,) = train.split_documents([text])
+def test_the_end_of_a_single_document_is_held_out(tmp_path):
+    text = "".join(map(str, range(1000))) + "\n"
+    (tmp_path / "a.txt").write_text(text)
+    (rest,), (held_out,) = (list(part()) for part in train.split_source(str(tmp_path / "a.txt"))[:2])
     assert rest + held_out == text and len(held_out) == math.ceil(0.05 * len(text))
 
 
@@ -125,33 +138,35 @@ def naive_bpe(text, vocab_size):
         ranks.setdefault(best[0] + best[1], len(ranks))
         merged = Counter()
         for word, count in words.items():
-            merged[tuple(train.merge(list(word), best))] += count
+            merged[tuple(texts.merge(list(word), best))] += count
         words = merged
     return ranks
 
 
 def test_bpe_is_the_naive_algorithm():
     text = "She sells sea shells by the sea shore, 1 2 12 112 aaaaa aaa aa, that she sells. " * 3 + "Sea; shell! the the there"
-    assert train.train_bpe([text], 285) == naive_bpe(text, 285)
+    assert texts.train_bpe([text], 285) == naive_bpe(text, 285)
 
 
 def test_merging_goes_from_the_left():
-    assert train.merge([b"a", b"a", b"a", b"b"], (b"a", b"a")) == [b"aa", b"a", b"b"]
+    assert texts.merge([b"a", b"a", b"a", b"b"], (b"a", b"a")) == [b"aa", b"a", b"b"]
 
 
 def test_tiktoken_applies_the_merges_that_were_trained():
-    encoding = sample.make_encoding(train.train_bpe(["low lower lowest slow " * 10], 262))
+    encoding = sample.make_encoding(texts.train_bpe(["low lower lowest slow " * 10], 262))
     assert encoding.decode_single_token_bytes(encoding.encode_ordinary("slow")[-1]).endswith(b"low")
     assert len(encoding.encode_ordinary("low low low")) == 3
 
 
 def test_bpe_ends_when_no_pair_occurs_twice():
-    assert len(train.train_bpe(["abcdefg"], 1000)) == 256
+    assert len(texts.train_bpe(["abcdefg"], 1000)) == 256
 
 
 def test_documents_are_separated_by_one_end_of_text_token():
-    encoding = sample.make_encoding(train.train_bpe(["ab"], 256))
-    assert train.encode_documents(encoding, ["ab", "c"]).tolist() == [97, 98, 256, 99, 256]
+    encoding = sample.make_encoding(texts.train_bpe(["ab"], 256))
+    assert [tokens.tolist() for tokens in train.encode_documents(encoding, ["ab", "c"])] == [[97, 98, 256, 99, 256]]
+    apart = train.encode_documents(encoding, ["ab", "c", "d"], at_once=2)
+    assert [tokens.tolist() for tokens in apart] == [[97, 98, 256, 99, 256], [100, 256]]
 
 
 def test_windows_begin_anywhere_and_stay_inside():
@@ -263,7 +278,7 @@ def sample_text(out_dir, *arguments):
 
 def test_a_run_leaves_what_it_promises(repeating):
     stdout, out_dir = repeating
-    expected = {"autoencoder.pt", "calm.pt", "log.jsonl", "curves.png", "sample.txt", "summary.json"}
+    expected = {"autoencoder.pt", "calm.pt", "log.jsonl", "curves.png", "sample.txt", "summary.json", "train.bin", "validation.bin"}
     assert {path.name for path in out_dir.iterdir()} == expected
     assert (out_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out_dir / "summary.json").read_text())

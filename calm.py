@@ -261,10 +261,9 @@ class CALM(nn.Module):
         c = self.config
         hidden = self.hidden_states(tokens[:, : -c.chunk_size])  # (B, L-1, d)
         samples = self.head.sample(hidden, c.n_samples)  # (N, B, L-1, l)
-        with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 is too coarse for the difference of two distances
-            with torch.no_grad():
-                mean, log_std = self.autoencoder.encode(self.chunks(tokens)[:, 1:])  # (B, L-1, l)
-            loss, fidelity, diversity = energy_loss(samples.to(mean.dtype), mean, log_std, c.n_targets, c.alpha)
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):  # targets as they were trained: in float32
+            mean, log_std = self.autoencoder.encode(self.chunks(tokens)[:, 1:])  # (B, L-1, l)
+        loss, fidelity, diversity = energy_loss(samples, mean, log_std, c.n_targets, c.alpha)
         return loss, {"fidelity": fidelity.item(), "diversity": diversity.item()}
 
     @torch.no_grad()

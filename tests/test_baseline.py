@@ -142,7 +142,7 @@ class KnownHead(nn.Module):
 @pytest.mark.parametrize("K", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_brier_of_calm_with_a_known_head_against_enumeration(K, seed):
-    """The decoder makes a chunk of each latent, so the distribution of chunks is known after every history. 200 texts."""
+    """The decoder makes a chunk of each latent, so the distribution of chunks is known after every history. 100 texts."""
     model = tiny_calm(K, V, context=24, seed=seed)
     latents = 3 * torch.randn(40, 8)
     model.head = KnownHead(latents, 16)
@@ -152,7 +152,7 @@ def test_brier_of_calm_with_a_known_head_against_enumeration(K, seed):
         P = model.head.logits(model.hidden_states(histories)[:, -1]).softmax(-1)
         return torch.zeros(len(P), V**K).index_add(1, ids, P)
 
-    text, at = torch.randint(V, (200, 16 // K * K)), torch.tensor([0, 2])
+    text, at = torch.randint(V, (100, 16 // K * K)), torch.tensor([0, 2])
     assert_unbiased(brier_score_pairs(*draw_continuations(model, text, at, 4)), exact_brier(step, K, text, at))
 
 

@@ -58,7 +58,8 @@ def kl_divergence(mean, log_std, floor=0.0):
     mean, log_std (..., l)  ->  (...), in nats.
 
     The floor ("KL clipping", paper section 2) is applied to each dimension *before* the sum: below it nothing pulls a
-    dimension further onto the prior, where it would say nothing of its chunk. A floor on the sum could not prevent that.
+    dimension further onto the prior N(0, 1), on which it would say nothing of its chunk. With a floor under the sum, single
+    dimensions could still get there.
     """
     per_dimension = 0.5 * (mean.square() + torch.exp(2 * log_std) - 1 - 2 * log_std)
     return per_dimension.clamp_min(floor).sum(-1)
@@ -81,7 +82,7 @@ def init_by_width(module):
 
 
 class SwiGLU(nn.Module):
-    """down(SiLU(gate(x)) * up(x)), without biases: (..., d) -> (..., d)."""
+    """A gated MLP, as in LLaMA: down(SiLU(gate(x)) * up(x)), without biases: (..., d) -> (..., d)."""
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
@@ -108,7 +109,7 @@ class ResidualBlock(nn.Module):
 class Autoencoder(nn.Module):
     """
     The chunk autoencoder (paper, section 2; released code: `Autoencoder`). Each chunk is coded on
-    its own: attention between chunks helped reconstruction, but hurt the language model built on it.
+    its own: attention between chunks helped reconstruction, but hurt the language model built on it (the paper's finding).
     """
 
     def __init__(self, config):
@@ -162,7 +163,7 @@ class Autoencoder(nn.Module):
     def decode_tokens(self, latent, max_logits=2**24):
         """
         latent (..., l)  ->  the most probable token at each place, (..., K) int.
-        Decoded in slices of at most `max_logits` logits: for 200 candidates over 128 k words there would be 100 M at once.
+        Decoded in slices of at most `max_logits` logits: for a pool of 200 draws over 128 k words there would be 100 M at once.
         """
         rows = latent.reshape(-1, latent.shape[-1])
         n = max(1, max_logits // (self.config.chunk_size * self.config.vocab_size))
@@ -172,11 +173,11 @@ class Autoencoder(nn.Module):
         """
         tokens (..., K) int  ->  loss (a scalar, nats per chunk), metrics (floats: reconstruction, kl, accuracy).
 
-            loss = K · CE(decoder(z~), tokens) + beta · KL            (paper, section 2)
+            loss = K · CE(decoder(damaged z), tokens) + beta · KL       (paper, section 2; CE is a mean over tokens)
 
         In training mode the encoder is shown a damaged chunk and the decoder a damaged latent; the *targets* stay whole:
-        - DropToken: each input token becomes id 0 with probability `dropout`, so a chunk's vector must also say what its
-          tokens are likely to be, given each other: similar chunks move together, and the latent space becomes smooth;
+        - DropToken: each input token becomes id 0 (a token like others, there is no mask) with probability `dropout`, so a
+          chunk's vector must also say what its tokens are likely to be, given each other: similar chunks move together;
         - z = mean + std · noise: the decoder must be right in a whole neighbourhood;
         - dropout of latent coordinates: no token may hang on one coordinate.
         In evaluation mode nothing is damaged and z is the posterior's mean.

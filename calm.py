@@ -40,7 +40,7 @@ class CALMConfig:
     n_samples: int = 8  # N, samples of the head for one position in the loss
     n_targets: int = 100  # M, draws from the target's posterior in the loss
     alpha: float = 1.0  # exponent of the distances in the loss
-    context: int = 8192  # tokens in a training sequence
+    context: int = 8192  # tokens in a training sequence: 2048 steps
     rope_theta: float = 10_000.0
 
     def __post_init__(self):
@@ -71,7 +71,8 @@ class TransformerConfig:
 def check_sizes(config):
     """Raises InputError, saying what to change, for sizes that cannot be."""
     for name, value in vars(config).items():
-        if not 1 <= value < (1000 if name.endswith(("layers", "blocks")) else 2**31) and name != "alpha":
+        limit = 1000 if name.endswith(("layers", "blocks")) else 2**31
+        if name != "alpha" and not 1 <= value < limit:
             raise InputError(f"{name} must be at least 1, and no more than a computer can hold, not {value}.")
     if config.hidden_size % (2 * config.n_heads):
         raise InputError(f"hidden_size {config.hidden_size} must be a multiple of twice n_heads ({config.n_heads}).")
@@ -100,7 +101,7 @@ class KVCache:
         if layer not in self.layers:
             self.layers[layer] = (keys, values)
         elif end > self.layers[layer][0].shape[2]:
-            room = torch.zeros_like(self.layers[layer][0][:, :, :1]).expand(-1, -1, end, -1)  # doubles, so growth is rare
+            room = torch.zeros_like(self.layers[layer][0][:, :, :1]).expand(-1, -1, end, -1)  # at least doubles: growth is rare
             self.layers[layer] = tuple(torch.cat([old, room], dim=2) for old in self.layers[layer])
         for stored, new in zip(self.layers[layer], (keys, values)):
             stored[:, :, self.length : end] = new
@@ -142,6 +143,7 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(d, d, bias=False) for _ in range(4))
 
     def forward(self, x, turn, visible, cache, layer):
+        # (B, steps, d) -> (B, H, steps, d/H) each
         q, k, v = (f(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
         q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is not None:
@@ -321,14 +323,15 @@ class TransformerLM(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # BrierLM
 #
-# The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2, on average largest at the true distribution.
+# The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2: for y ~ Q, sum Q^2 - sum (P - Q)^2 on average,
+# which is largest at P = Q.
 # Samples estimate both terms without bias: P(y) is how often one hits y, and sum_x P(x)^2 how often two of them collide.
 # The outcome of Brier-n is the next n tokens, all of which must agree.                                 (paper, section 4)
 
 
 def prefix_matches(first, second):
     """Do the first n tokens agree, for each n up to 4?  (..., K) and (..., K) -> (..., min(K, 4)), 1.0 or 0.0."""
-    return (first == second)[..., :4].long().cumprod(-1).float()
+    return (first == second)[..., :4].long().cumprod(-1).float()  # 1 until the first difference, 0 from there on
 
 
 def brier_score(first, second, target):
@@ -351,8 +354,8 @@ def brier_score_pairs(samples, target):
 def brier_lm(brier):
     """
     BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4): four numbers (a tensor or a sequence) -> float.
-    Each factor is floored at 0. The released code floors their *product*, which four negative estimates make positive:
-    a model that has learnt nothing can score 7 that way.
+    Each factor is floored at 0. The released code floors their *product*, which two or four
+    negative estimates make positive: a model that has learnt nothing then has a score.
     """
     factors = [max(float(b), 0.0) for b in brier]
     return 100 * math.prod(factors) ** (1 / len(factors))
@@ -361,10 +364,11 @@ def brier_lm(brier):
 def grow_branches(model, tokens, n, n_chunks, at, generator=None):
     """
     Continues a text by n_chunks chunks, n times, after each of the chunks `at` (positions,): tokens (B, T). Yields, for each
-    chunk to come, the hidden states it is drawn from, (n, B, positions, d) or (1, …), and the draws, (n, B, positions, K).
+    of the n_chunks, the hidden states it is drawn from, (n or 1, B, positions, d), and the draws, (n, B, positions, K).
 
-    All positions at once: the text is the stem of a tree, and the continuation of chunk i a branch that sees the stem up to i
-    and itself. So the j-th chunks of all branches are one pass, in which branch i stands at position i + j.
+    All positions at once: the text is a stem, the continuation after chunk i a branch that sees chunks 0 … i of the stem and
+    its own chunks, and no other branch. Round j feeds the newest chunk of every branch side by side, as `positions` steps of
+    one sequence, in which branch i's has position i + j.
     """
     B = len(tokens)
     cache = KVCache() if n_chunks > 1 else None
@@ -376,6 +380,7 @@ def grow_branches(model, tokens, n, n_chunks, at, generator=None):
     if n_chunks > 1:
         cache.repeat(n)
     for j in range(1, n_chunks):
+        # The new columns: each branch sees its own chunk. A round's chunks, (n, B, positions, K), are n · B sequences of tokens.
         visible = torch.cat([visible, torch.eye(len(at), dtype=torch.bool, device=at.device)], dim=1)
         hidden = model.hidden_states(chunk.reshape(n * B, -1), cache, at + j, visible).unflatten(0, (n, B))
         chunk = model.draw_chunks(hidden, 1, generator=generator)[0]
@@ -384,12 +389,12 @@ def grow_branches(model, tokens, n, n_chunks, at, generator=None):
 
 def draw_continuations(model, tokens, at, n, generator=None):
     """
-    n continuations of at least 4 tokens after the chunks `at` of a text, and the text there: tokens (B, T), at (positions,)
+    n continuations of at least 4 tokens after the chunks `at` of a text, and the text's own: tokens (B, T), at (positions,)
     ->  (n, B, positions, >= 4), (B, positions, >= 4). For K < 4 several chunks are generated, each from its own history.
     """
     K, n_chunks = model.config.chunk_size, math.ceil(4 / model.config.chunk_size)
     drawn = torch.cat([chunk for _, chunk in grow_branches(model, tokens, n, n_chunks, at, generator)], dim=-1)
-    return drawn, tokens[:, K:].unfold(1, n_chunks * K, K)[:, at]
+    return drawn, tokens[:, K:].unfold(1, n_chunks * K, K)[:, at]  # window i: the n_chunks · K tokens after chunk i
 
 
 def brier_by_likelihoods(model, tokens, at, generator=None):
@@ -477,7 +482,7 @@ def flops_per_token(config, autoencoder=None, draws=1):
     noise_in = 2 * c.noise_size * d
     draw = noise_in + (10 * c.n_head_blocks + 2) * d * d + 2 * d * l  # what each draw adds
     loss = 2 * M * l + 2 * 2 * N * M * l + 3 * 2 * N * N * l  # norms of targets (no gradient), distances to them, between samples
-    training = 3 * (once + N * draw) - N * noise_in + loss + encoder  # nobody asks for the noise's gradient, or the encoder's
+    training = 3 * (once + N * draw) - N * noise_in + loss + encoder  # no gradient for the noise, or in the encoder
     return training * steps / c.context, (once + draws * (draw + decoder)) / K
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-NORM_EPS = 1e-6  # of every LayerNorm, as in the released code
+NORM_EPS = 1e-6  # as in autoencoder.py: this file imports none of the others
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -22,7 +22,8 @@ NORM_EPS = 1e-6  # of every LayerNorm, as in the released code
 #
 #     S(P, y) = E |x' - x''|^alpha  -  2 E |x - y|^alpha ,     x, x', x'' independent draws from P
 #
-# For 0 < alpha < 2 it is *strictly proper*: on average over y ~ Q it is largest when P = Q, and only then. The second term
+# For 0 < alpha < 2 it is *strictly proper*: on average over y ~ Q it is largest when P = Q, and only then (what P loses
+# against Q is a weighted squared distance of their characteristic functions; Székely and Rizzo). The second term
 # (fidelity) pulls the samples towards the data; the first (diversity) pushes them apart, or they would all land on the
 # median. When P = Q the two expectations are equal: E |x' - x''| = E |x - y|. At alpha = 2 the score sees only the mean.
 
@@ -33,7 +34,7 @@ def distance_power(products, squares, alpha):
 
     |x - y|^2 = |x|^2 + |y|^2 - 2 x·y costs l times less memory than all the differences x - y, but where x = y rounding
     leaves a few times 1e-7 of the squares in float32. So what is at most 16 machine epsilons of them counts as 0, and its
-    gradient is 0 (not NaN). Move clouds that are far from the origin there first: their distances are small beside their squares.
+    gradient is 0 (not NaN). Shift clouds far from the origin to it first, or rounding swallows their distances.
     """
     if not 0 < alpha < 2:
         raise ValueError(f"alpha must lie strictly between 0 and 2 for the energy score to be strictly proper, not {alpha}")
@@ -70,7 +71,8 @@ def energy_score(samples, targets, alpha=1.0):
     The energy score of a sampler at observed targets, to be *maximised*.               (paper, section 3)
 
     samples (N, ..., l), targets (M, ..., l)  ->  (...), unbiased, N >= 2. For half precision it is computed in float32.
-    The released code holds all the differences at once: N·M·positions·l numbers.
+    The released code holds all the differences at once: N·M·positions·l numbers. Training takes the cheaper `energy_loss`,
+    which knows that the targets are Gaussian.
     """
     with torch.autocast(samples.device.type, enabled=False):
         samples, targets = in_full_precision(samples, targets)
@@ -83,13 +85,14 @@ def energy_score(samples, targets, alpha=1.0):
 
 def posterior_fidelity(samples, mean, log_std, noise, alpha=1.0):
     """
-    E |x - y|^alpha for targets y_m = mean + std · noise_m: the same M draws of noise for every position.
+    E |x - y|^alpha for targets y_m = mean + std∘noise_m (∘: by coordinate): the same M draws of noise for every position.
 
     samples (N, ..., l), mean and log_std (..., l), noise (M, l)  ->  (...).
 
     Sharing needs fewer random numbers and stays unbiased: each position still sees M independent draws of its own posterior,
-    and a mean over positions does not mind that they are related. And it factors: with r = x - mean, no target is ever made.
-        |x - y|^2 = |r - std·noise|^2 = |r|^2 - 2 (r·std) . noise + std^2 . noise^2
+    and a mean over positions does not mind that they are related. And the distances become two matrix products, without any
+    target being made: with r = x - mean,
+        |x - y|^2 = |r - std∘noise|^2 = |r|^2 - 2 (r∘std)·noise + std^2·noise^2
     """
     std = log_std.exp()
     targets_squared = std.square() @ noise.square().T  # (..., M)
@@ -138,7 +141,8 @@ def linear_of_both(linear, x, c):
 
 class HeadBlock(nn.Module):
     """
-    x <- x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]):  x (n, ..., d), c (..., d) -> (n, ..., d).
+    x <- x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]), c: what the hidden state says.
+    x (n, ..., d), c (..., d) -> (n, ..., d).
     Released code: `mlp_generator.mlp_blocks` of `EnergyTransformer`.
     """
 
@@ -158,8 +162,8 @@ class HeadBlock(nn.Module):
 
 class EnergyHead(nn.Module):
     """
-    One draw of the next latent vector from one forward pass, where diffusion needs many.      (paper, section 3)
-    Released code: `mlp_generator` of `EnergyTransformer`. The paper takes about a quarter as many blocks as the Transformer's.
+    One draw of the next latent vector from one forward pass (a diffusion head needs many).      (paper, section 3)
+    Released code: `mlp_generator` of `EnergyTransformer`. The paper gives it about a quarter of the Transformer's number of blocks.
     """
 
     def __init__(self, hidden_size, latent_size, noise_size=64, n_blocks=4):

@@ -5,7 +5,7 @@ A softmax model is sharpened by dividing its logits by T. CALM has no logits, it
 is enough: P(x)^n is the probability that n independent draws are all x. The file has four parts: temperature sampling (pure
 functions on tensors, for any sampler), generation with CALM, tokenizers and checkpoints, and the command.
 
-Letters: those of autoencoder.py (B, T, K, d, ...), N draws in a pool; in formulas, T is the temperature.
+Letters: those of autoencoder.py (B, T, K, d, ...), N draws in a pool; T in formulas is the temperature, in shapes the number of tokens.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def temperature_sample_exact(draw, temperature, max_draws=1_000_000, block=256, 
     what it is, or to read it in two attempts, would make the attempts depend on each other.
     """
     n, a = inverse_temperature(temperature)
-    used, like = 0, None
+    used, like = 0, None  # draws read; the last block, for its dtype and device
 
     def read():
         nonlocal used, like
@@ -94,22 +94,22 @@ def bernoulli_factory(draws, x, a, generator=None):
 
 def distinct_draws(draws):
     """
-    The different chunks in each pool: draws (P, N, K) int >= 0, an array of P pools  ->  three arrays (R,), one entry for each
-    chunk of each pool, pool by pool: its pool, the place of one of its draws there, and how often it was drawn.
+    The different chunks of each pool: draws (pools, N, K) int >= 0, an array  ->  three arrays with one entry for each, pool by
+    pool: the number of its pool, the place of one of its draws in it, and how often it was drawn.
     """
-    P, N, K = draws.shape
+    n_pools, N, K = draws.shape
     size, place_bits = int(draws.max()) + 1, N.bit_length()
-    ids, n_ids = np.zeros((P, 1), np.int64), 1
+    ids, n_ids = np.zeros((n_pools, 1), np.int64), 1
     for token in np.ascontiguousarray(np.moveaxis(draws, -1, 0)):  # a chunk becomes one number, its tokens are the digits ...
-        if n_ids * size << place_bits >= 2**63:  # ... made smaller where they would overflow
-            ids = np.unique(ids, return_inverse=True)[1].reshape(P, -1)
+        if (n_ids * size) << place_bits >= 2**63:  # ... made smaller where they would overflow
+            ids = np.unique(ids, return_inverse=True)[1].reshape(n_pools, -1)
             n_ids = int(ids.max()) + 1
         ids, n_ids = ids * size + token, n_ids * size
     # Sorting brings equal chunks together, where comparing all pairs takes N^2; a draw's place travels in the lowest bits.
-    ids = np.sort(ids << place_bits | np.arange(N), axis=-1)
-    places, ids = ids & (1 << place_bits) - 1, ids >> place_bits
-    last = np.flatnonzero(np.diff(ids, append=-1))  # of its equals: what follows differs, or the pool ends
-    return last // N, places.ravel()[last], np.diff(last, prepend=-1)
+    ids = np.sort((ids << place_bits) | np.arange(N), axis=-1)
+    places, ids = ids & ((1 << place_bits) - 1), ids >> place_bits  # taken apart again, now in order
+    last = np.flatnonzero(np.diff(ids, append=-1))  # of a run of equals: the next differs, or the pool ends
+    return last // N, places.ravel()[last], np.diff(last, prepend=-1)  # from end to end of the runs: their lengths
 
 
 @functools.lru_cache(maxsize=8)
@@ -118,7 +118,7 @@ def log_weights(N, temperature):
     n, a = inverse_temperature(temperature)
     c = torch.arange(N + 1, dtype=torch.float64)
     log_c_choose_s = torch.lgamma(c + 1) - torch.lgamma((c - n - a).clamp_min(-a) + 1)  # but for Gamma(s+1), the same for all c
-    return torch.where(c < n, 1000 * (c - n), log_c_choose_s).numpy()  # counts below n: see the fallback there
+    return torch.where(c < n, 1000 * (c - n), log_c_choose_s).numpy()  # counts below n: the fallback
 
 
 def temperature_sample_batch(pool, temperature, generator=None):
@@ -129,9 +129,9 @@ def temperature_sample_batch(pool, temperature, generator=None):
 
     For T = 1/n, a value that was drawn c times fills C(c, n) of the C(N, n) ways to pick n draws, so that is its weight: it
     is as if the exact method had made one attempt on the pool in every order. That holds for any 1/T = s, with
-    C(c, s) = Gamma(c+1) / (Gamma(s+1) Gamma(c-s+1)) for c >= floor(s), else 0: by the Chu-Vandermonde identity, an attempt
-    on the pool in random order accepts the value with probability C(c, s) / C(N, s), if a factory that comes to the end of
-    the pool accepts. Where no value was drawn floor(s) times, s is lowered to the largest count (the paper: n-1, n-2, ...).
+    C(c, s) = Gamma(c+1) / (Gamma(s+1) Gamma(c-s+1)) for c >= floor(s), else 0. Let an exact attempt read the pool in random
+    order, and its factory accept when the pool ends: then it accepts the value with probability C(c, s) / C(N, s) (by the
+    Chu-Vandermonde identity). Where no value was drawn floor(s) times, s is lowered to the largest count (the paper: n-1, n-2, ...).
     Biased for a finite N, by that fallback and because a ratio of unbiased weights is biased; exact as N goes to infinity.
     The released code has this method alone, for T = 1/n, in a loop over the rows.
     """
@@ -140,13 +140,15 @@ def temperature_sample_batch(pool, temperature, generator=None):
     draws = pool.reshape(-1, N, K).cpu().numpy()  # numpy sorts small rows of integers several times faster than torch
     pools, places, counts = distinct_draws(draws)
     # The Gumbel-max trick: log w + Gumbel noise is largest for a value with probability w / sum of w, with no sum to overflow.
-    # The noise lies between -7 and 37: the weight e^-1000 for each draw short of n counts only where all are short, the fallback.
+    # The noise lies between -7 and 37, so e^-1000 for each draw short of n never beats a count of n; where all are short, the
+    # largest count wins, equals at random, which is C(c, s) at s = that count: the fallback.
     device = generator.device if generator else torch.device("cpu")
     real = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     uniform = torch.rand(len(pools), generator=generator, device=device, dtype=real).clamp_min(torch.finfo(real).tiny)
     noise = -(-uniform.log()).log().cpu().numpy()
     score = log_weight[counts] + noise
-    best = score == np.maximum.reduceat(score, np.searchsorted(pools, np.arange(len(draws))))[pools]  # the largest of its pool
+    starts = np.searchsorted(pools, np.arange(len(draws)))  # where the entries of each pool begin
+    best = score == np.maximum.reduceat(score, starts)[pools]  # the largest of its pool
     chosen = np.empty((len(draws), K), draws.dtype)
     chosen[pools[best]] = draws[pools[best], places[best]]
     return torch.from_numpy(chosen).view(*leading, K).to(pool.device)
@@ -167,7 +169,8 @@ def draws_that_begin_with(model, hidden, beginning, n, max_draws, generator=None
     """
     r = len(beginning)
     kept, n_drawn, longest = [], 0, 0  # `longest`: tokens that the draws in `kept` share with the beginning
-    while (sum(map(len, kept)) < n) if longest == r else (n_drawn < max_draws):  # enough that agree? or, so far none, draws to spare?
+    # While too few agree; or none does yet, and there are draws to spare.
+    while (longest == r and sum(map(len, kept)) < n) or (longest < r and n_drawn < max_draws):
         draws = model.draw_chunks(hidden, 1000 if r else n, generator=generator)
         n_drawn += len(draws)
         agreed = (draws[:, :r] == beginning).long().cumprod(-1).sum(-1)  # tokens, from the first to the last that agrees
@@ -190,7 +193,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, method="batch", pool=200,
     an attempt is accepted, raising InputError after 1 000 · max_draws). The list `draws_used`, if given, gets the number of
     draws that were read for each chunk, without those that did not begin with the prompt's last tokens.
 
-    - A prompt's last T mod K tokens fill no chunk: they are the beginning of the first chunk to be generated, which
+    - The last (number of tokens mod K) tokens of a prompt fill no chunk: they are the beginning of the first chunk to be generated, which
       `draws_that_begin_with` draws. So nothing is padded inside the text, where training has never shown padding.
     - A prompt shorter than one chunk is completed to one *in front*, with the token `lead` (its own first token if None),
       because there must be something to condition on. The result does not contain these.
@@ -240,7 +243,8 @@ def generate(model, prompt, n_tokens, temperature=1.0, method="batch", pool=200,
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers and checkpoints
 
-# Llama 3's own way to cut a text, and its special tokens, which follow the ranks of its `tokenizer.model`.
+# A token's *rank* is its number, in the order of the merges. Llama 3's way to cut a text, and its special tokens, which follow
+# the ranks of its `tokenizer.model`.
 LLAMA3_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -365,7 +369,7 @@ def pick_device(name):
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = here[0] if name == "auto" else name
     try:
-        torch.zeros(1, device=name if name.split(":")[0] in here else "none")  # the one way to know of cuda:7
+        torch.zeros(1, device=name if name.split(":")[0] in here else "none")  # "none" raises, and so does cuda:7 where there is one GPU
         return name
     except RuntimeError:
         raise InputError(f"there is no device {name} here: choose {' or '.join(here)}.") from None

@@ -10,9 +10,9 @@ learning in minutes (README, "What holds small runs back"):
 
 - A continuous map of continuous noise slides across the gaps between the posteriors of different chunks: its draws fall
   between them. A choice jumps.
-- The energy score of a whole chunk tells that token 2 depends on token 1 only through draws whose token 1 is right, which are
-  rare at first. A choice can have an energy score of its own, for the case that those before it are the text's ("teacher
-  forcing"). And of a choice among finitely many points the score is known in closed form: no draws, no noise in the gradient.
+- The energy score of a whole chunk teaches how token 2 depends on token 1 only where a draw has token 1 right, which is rare
+  at first. A choice can have a score of its own, given that the choices before it are the text's ("teacher forcing"). And for
+  a choice among finitely many points the score has a closed form: no draws, no noise in the gradient.
 
 The price: K softmaxes over the vocabulary have come back, small ones, for each step of the Transformer. The rest is CALM: one
 step for K tokens, the autoencoder and its latents, temperature and BrierLM from draws alone.
@@ -25,15 +25,15 @@ import torch.nn.functional as F
 from calm import CALM, autoencoder_flops, backbone_flops, draw_categorical
 from energy_head import NORM_EPS, init_linear_maps, linear_of_both, pairwise_distances
 
-# The settings that a recipe brings along. `choices` likes a higher learning rate than `energy` does, at the quick preset's size:
-# after 3.3 million tokens BrierLM is 6.6 with 3e-3, 6.2 with 2e-3; README, "What holds small runs back", has more of these.
+# The settings that a recipe brings along. `choices` learns faster with a higher learning rate than the quick preset's 2e-3. For
+# this and the two constants below, README has the figures ("What holds small runs back").
 RECIPES = {"choices": {"lr": 3e-3}, "energy": {}, "released": {"lr": 3e-4, "n_samples": 8}}
-WIDER = 3  # the width of a choice's MLP, in units of d: 6.7 against 6.2 with 1
+WIDER = 3  # the width of a choice's MLP, in units of d
 
 
 def energy_score_of_choice(P, distances, target):
     """
-    The energy score of a choice among V points in closed form: P (..., V), distances (V, V) of |c_i - c_j|^alpha, target (...)
+    The energy score of a choice among V points c_i in closed form: P (..., V), distances (V, V) of |c_i - c_j|^alpha, target (...)
     int, the point that was observed  ->  (...). What `energy_head.energy_score` estimates from draws, here without any.
     With all distances equal to 1 it is 2 P(y) - sum_i P(i)^2 - 1: the Brier score, less 1.
     """
@@ -44,7 +44,7 @@ def energy_score_of_choice(P, distances, target):
 
 
 class ChoiceBlock(nn.Module):
-    """The probabilities of one choice among V: softmax(MLP([LayerNorm(x), c])), x (..., d) and c (..., d) -> (..., V)."""
+    """The probabilities of one choice among V: softmax(MLP([LayerNorm(x), c])), x (..., d), which may have more leading dimensions than c (..., d)  ->  (..., V)."""
 
     def __init__(self, d, vocab_size):
         super().__init__()
@@ -60,7 +60,7 @@ class ChoiceHead(nn.Module):
     """
     A sampler of vectors, like `EnergyHead`, each the sum of what K choices added:
 
-        z = origin + codes[1, i_1] + ... + codes[K, i_K],     i_k ~ P_k = softmax(MLP_k([x_k, c])),     x_{k+1} = x_k + embedding_k[i_k]
+        z = origin + codes[1, i_1] + ... + codes[K, i_K],     i_k ~ P_k = softmax(MLP_k([x_k, c])),     x_{k+1} = x_k + embedding_k[i_k],     x_1 = c = a map of h
 
     codes[k, v] is what token v at place k adds to the latent of a chunk. The autoencoder is not made to be such a sum, but nearly is
     one: see `start_from`, and `accuracy_of_codes`, which measures it.
@@ -84,7 +84,7 @@ class ChoiceHead(nn.Module):
         """
         few, V = chunks[:n], self.codes.shape[1]
         self.origin.copy_(autoencoder.encode(few)[0].mean(0))
-        for k, codes in enumerate(self.codes.zero_()):
+        for k, codes in enumerate(self.codes.zero_()):  # views: += and -= write into self.codes
             for chunk in few:
                 changed = chunk.repeat(V, 1)
                 changed[:, k] = torch.arange(V, device=chunk.device)
@@ -98,12 +98,15 @@ class ChoiceHead(nn.Module):
     def loss(self, hidden, tokens, alpha=0.5):
         """
         Minus the energy scores of the K choices, summed, their mean over positions: hidden (..., d), tokens (..., K) int -> a
-        scalar. alpha: any in (0, 2) is proper; the paper's 1 makes BrierLM 6.2 where 1/2 makes it 6.4.
+        scalar. Two values of one choice, all else equal, give latents that differ as their codes do: distances of codes are
+        distances of z. alpha: any in (0, 2) is proper, and 1/2 does a little better here than the paper's 1.
         """
+        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would take near codes for equal
+            distances = [pairwise_distances(codes, alpha) for codes in self.codes]
         x = c = self.hidden_norm(self.hidden_in(hidden))
         loss = 0
-        for block, codes, token in zip(self.blocks, self.codes, tokens.unbind(-1)):
-            loss = loss - energy_score_of_choice(block(x, c), pairwise_distances(codes, alpha), token).mean()
+        for block, distance, token in zip(self.blocks, distances, tokens.unbind(-1)):
+            loss = loss - energy_score_of_choice(block(x, c), distance, token).mean()
             x = x + block.embedding(token)  # teacher forcing: the next choice is told what the text has, not what was drawn
         return loss
 
@@ -123,6 +126,7 @@ class ChoiceCALM(CALM):
 
     def __init__(self, config, autoencoder):
         super().__init__(config, autoencoder)
+        # In place of the energy head. Of the config, n_samples, n_targets and alpha are for evaluation alone.
         self.head = ChoiceHead(config.hidden_size, config.latent_size, config.chunk_size, config.vocab_size)
 
     def forward(self, tokens):
@@ -138,10 +142,9 @@ class ChoiceCALM(CALM):
         K, d, V = c.chunk_size, c.hidden_size, c.vocab_size
         once = 4 * (K + 1) * d * d + backbone_flops(c) + 2 * d * d  # compression, Transformer, the head's map of h
         choice = WIDER * (2 * d * d + 2 * d * V)  # a block's map of x, and its logits; its map of c needs h alone
-        training = 3 * (once + K * (WIDER * 2 * d * d + choice)) + 2 * K * 2 * V * V  # P times the distances, whose gradient nobody asks for
+        training = 3 * (once + K * (WIDER * 2 * d * d + choice)) + 2 * K * 2 * V * V  # P times the distances, which need no gradient
         inference = once + K * WIDER * 2 * d * d + choice + draws * ((K - 1) * choice + autoencoder_flops(a)[1])  # all draws share the first P
         return training * (c.context // K - 1) / c.context, inference / K
-
 
 
 @torch.no_grad()

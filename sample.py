@@ -389,7 +389,7 @@ def run(main):
         main()
         sys.stdout.flush()  # here, where a full disk is still an error like the others
     except KeyboardInterrupt as stopped:
-        print(f"{name}: {stopped or 'stopped.'}", file=sys.stderr)
+        print(f"{name}: {str(stopped) or 'stopped.'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # nobody reads on, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

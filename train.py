@@ -5,8 +5,8 @@
 
 The file is a straight line from top to bottom: settings, text, tokenizer, the optimisation loop, the two stages, the report.
 
-A run that was stopped, by Ctrl-C or a power cut, goes on with `python train.py --resume` as if nothing had happened. On
-several GPUs: `torchrun --nproc_per_node=N train.py …`, the same batch and schedule, each process a share of the batch.
+A run that was stopped, by Ctrl-C or a power cut, goes on with `python train.py --resume`, on a CPU bit for bit as if it had not
+been. On several GPUs: `torchrun --nproc_per_node=N train.py …`, the same batch and schedule, each process a share of the batch.
 """
 
 import argparse
@@ -57,7 +57,7 @@ SETTINGS = {
     "n_samples": (4, 8, 8, "N, samples of the head at each position in the loss"),
     "context": (256, 2048, 8192, "tokens in a sequence"),
     "batch_size": (16, 32, 256, "sequences in a step"),
-    "parts": (1, 2, 64, "a batch goes through the model in so many parts, one after the other, to save memory"),
+    "parts": (1, 2, 64, "a batch goes through the model in so many parts, one after the other or shared by processes, to save memory"),
     "steps": (3600, 40_000, 250_000, "steps of CALM"),
     "lr": (2e-3, 3e-4, 3e-4, "highest learning rate of CALM"),
     "save_every": (120.0, 300.0, 600.0, "seconds between two checkpoints for --resume"),
@@ -91,15 +91,16 @@ def parse_settings():
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=(
-        "of the Transformer's and the head's matrix products in training (default: bfloat16 on CUDA, else float32)"))
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the training step (default: on CUDA)")
+        "of the Transformer's and the head's matrix products in training (default: bfloat16 on GPUs that have it, else float32)"))
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the training step (default: on such GPUs)")
     for name, (*columns, text) in SETTINGS.items():
         defaults = ", ".join(f"{preset}: {value}" for preset, value in zip(PRESETS, columns))
         parser.add_argument(f"--{name}", type=type(columns[0]), help=f"{text} ({defaults})")
     settings, run = parser.parse_args(), {"stage": None, "log": []}
     if settings.resume:
         run = load_run(settings.out_dir or f"out/{settings.preset}")
-        flags = [f"--{name}={value}" for name, value in run["settings"].items() if value is not None and name != "compile"]
+        known = {name: value for name, value in run["settings"].items() if value is not None}
+        flags = [f"--{name}={value}" for name, value in known.items() if name not in ("compile", "nproc_per_node")]
         flags += ["--compile" if run["settings"].get("compile") else "--no-compile"]
         settings = parser.parse_args(flags + sys.argv[1:])  # what is given again counts, and must be the same: see below
     settings.recipe = settings.recipe or ("choices" if settings.preset == "quick" else "energy")
@@ -112,13 +113,18 @@ def parse_settings():
         settings.chunk_size = 1
     if settings.vocab_size < 256:
         raise InputError(f"--vocab_size must be at least 256 (plain bytes), not {settings.vocab_size}.")
-    if settings.batch_size % (settings.parts * WORLD) or settings.autoencoder_batch_size % WORLD:
-        raise InputError(f"--batch_size {settings.batch_size} cannot be shared by {WORLD} processes in --parts {settings.parts}: make it a multiple.")
+    shares = WORLD * max(1, settings.parts // WORLD)
+    if settings.batch_size % shares or settings.autoencoder_batch_size % shares:
+        raise InputError(f"the batch sizes, {settings.batch_size} and {settings.autoencoder_batch_size}, must be multiples of "
+                         f"{shares}, the shares that {WORLD} processes and --parts {settings.parts} make of them.")  # fmt: skip
     settings.out_dir = settings.out_dir or f"out/{settings.preset}"
+    if torch.cuda.device_count() > LOCAL_RANK:
+        torch.cuda.set_device(LOCAL_RANK)  # what "cuda" means from here on
     settings.device = sample.pick_device(settings.device)
-    cuda = settings.device.startswith("cuda")
-    settings.dtype = settings.dtype or ("bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32")
-    settings.compile = cuda if settings.compile is None else settings.compile
+    modern = settings.device.startswith("cuda") and torch.cuda.get_device_capability(settings.device) >= (8, 0)
+    settings.dtype = settings.dtype or ("bfloat16" if modern else "float32")
+    settings.compile = (modern and os.name != "nt") if settings.compile is None else settings.compile
+    settings.nproc_per_node = WORLD  # no flag of this script, but a run cannot go on with another number
     del settings.resume
     for name, value in run.setdefault("settings", dict(vars(settings))).items():
         if name != "out_dir" and getattr(settings, name) != value:
@@ -152,7 +158,7 @@ def write_atomically(path, content):
             os.fsync(file.fileno())  # on the disk, not on its way there, before the old file is given up
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises the second
-        raise OSError(f"{path} could not be written: is the disk full? ({getattr(error, 'strerror', None) or str(error).splitlines()[0]})") from None
+        raise OSError(f"{path} could not be written: is the disk full? ({getattr(error, 'strerror', None) or str(error).splitlines()[:1]})") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -165,14 +171,14 @@ def write_atomically(path, content):
 def where_to_cut(lengths, share=0.05):
     """
     A position in each document, from their lengths: what is before goes to training, the rest is held out. Whole documents
-    where there are several, else the end of the longest. Does not depend on --seed, so that runs can be compared.
+    where some have a fitting size, else the end of the longest. Does not depend on --seed, so that runs can be compared.
     """
     cuts, wanted, size = list(lengths), share * sum(lengths), 0
     for i in random.Random(0).sample(range(len(lengths)), len(lengths)):
         if size < wanted and size + lengths[i] <= 2 * wanted:
             cuts[i], size = 0, size + lengths[i]
-    if not size:
-        cuts[lengths.index(max(lengths))] -= math.ceil(wanted)
+    if size < wanted / 2:  # then the longest was too long to be among them
+        cuts[lengths.index(max(lengths))] -= math.ceil(wanted - size)
     return cuts
 
 
@@ -199,7 +205,7 @@ def split_source(source):
 
 
 def encode_documents(encoding, documents, at_once=2**24):
-    """Yields the tokens of all the documents, each followed by one end-of-text token, as int32 arrays of some `at_once` characters."""
+    """Yields the tokens of all the documents, each followed by one end-of-text token, as int32 arrays, one for some `at_once` characters."""
     end, group, size = encoding.encode(sample.end_of_text(encoding), allowed_special="all"), [], 0
     for document in itertools.chain(documents, [None]):  # None: there are no more
         if group and (document is None or size > at_once):
@@ -228,7 +234,7 @@ def prepare_data(settings, encoding=None):
         shared = [encoding, data | {"tokens": sum(path.stat().st_size // 4 for path in paths)}]
     if WORLD > 1:
         dist.broadcast_object_list(shared)
-    train, validation = (torch.from_file(str(path), size=path.stat().st_size // 4, dtype=torch.int32) for path in paths)
+    train, validation = (torch.from_file(str(path), True, path.stat().st_size // 4, dtype=torch.int32) for path in paths)  # True: mapped
     encoding, data = shared
     print(f"data: {settings.data}: {data['characters']:,} characters; {len(train):,} tokens to train on, {len(validation):,} held "
           f"out; a vocabulary of {encoding.n_vocab:,}")  # fmt: skip
@@ -237,14 +243,13 @@ def prepare_data(settings, encoding=None):
 
 def write_tokens(batches, least, path):
     """Writes int32 arrays of tokens to a file. Raises InputError if they are fewer than `least` together."""
-    done = shown = 0
+    done = 0
     with open(path, "wb") as file:
         for tokens in batches:
             file.write(tokens.tobytes())
             done += len(tokens)
-            if done > shown + 1e7:
+            if done > 1e7:
                 print(f"tokenising: {done / 1e6:,.0f} million tokens", flush=True)
-                shown = done
     if done < least:
         raise InputError(f"the text is too short: {done} tokens are a part of it, to train on or held out, and each must be a context "
                          f"of {least}: use more text, or a smaller --context.")  # fmt: skip
@@ -278,12 +283,16 @@ def seed_everything(seed, stage, step):
 
 @contextlib.contextmanager
 def interruptions():
-    """Yields a list that is empty until Ctrl-C or SIGTERM comes, so that a step can end in peace. A second one is heeded at once."""
+    """
+    Yields a list that is empty until Ctrl-C or SIGTERM comes, so that a step can end in peace. Another one, five seconds later
+    or more (schedulers send it twice at once), is heeded immediately.
+    """
     signals = []
 
     def note(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.default_int_handler)
+        signals.append(time.monotonic())
+        if signals[-1] - signals[0] > 5:
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -298,7 +307,8 @@ def optimise(model, next_batch, steps, highest_lr, report, run=None, stage=None,
     `steps` steps of AdamW on model(next_batch()) -> loss, metrics; about REPORTS times report(step, seconds, metrics), with
     the seconds of training alone, which are returned in the end. Raises InputError when the loss is no longer finite.
 
-    Given a run and the name of its stage: goes on where the run was, and saves it now and then. `parts`: see `backward`.
+    Given a run and the name of its stage: goes on where the run was, and saves it now and then. A batch is cut into `parts`,
+    which processes share: see `backward`.
     """
     options = run["settings"] if run else {"seed": 0, "dtype": "float32", "compile": False}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -312,34 +322,37 @@ def optimise(model, next_batch, steps, highest_lr, report, run=None, stage=None,
         forward = torch.nn.parallel.DistributedDataParallel(forward)
     # The autoencoder stays in float32: it is a small part of the work, and exp(log_std) is no place to save bits.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options["dtype"] == "bfloat16" and stage != "autoencoder")
-    saved = time.time()
+    saved = time.monotonic()
     with interruptions() if run else contextlib.nullcontext([]) as interrupted:
         for step in range(done + 1, steps + 1):
-            started = time.time()
+            started = time.monotonic()
             seed_everything(options["seed"], stage, step)
             model.train()
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps, highest_lr)
             batch = next_batch()
             if device.type == "cuda":
-                batch = batch.pin_memory()  # the GPU fetches it by itself, while this process goes on
+                batch = batch.pin_memory()  # memory that the GPU fetches by itself
             optimiser.zero_grad()
-            metrics = backward(forward, batch.to(device, non_blocking=True), parts, autocast)
+            metrics = backward(forward, batch.to(device, non_blocking=True), max(1, parts // WORLD), autocast)
             norm = torch.nn.utils.clip_grad_norm_(trained, GRADIENT_CLIP).item()
             if not math.isfinite(norm + metrics["loss"]):  # before it reaches the weights
                 raise InputError(f"the loss was no longer finite at step {step}: try a lower learning rate. What was saved before is kept.")
             optimiser.step()
-            seconds += time.time() - started
+            seconds += time.monotonic() - started
             if RANK == 0 and (step % math.ceil(steps / REPORTS) == 0 or step == steps):
                 model.eval()
                 report(step, seconds, metrics)
             stop = any_process(interrupted)
-            if run and (stop or step == steps or time.time() - saved > options["save_every"]):
+            if run and (stop or step == steps or time.monotonic() - saved > options["save_every"]):
                 run |= {"step": step, "seconds": seconds}
                 save_run(run, model, optimiser)
-                saved = time.time()
+                saved = time.monotonic()
             if stop:
-                raise KeyboardInterrupt(f"stopped after step {step} of {steps}: python train.py --resume --out_dir {options['out_dir']} goes on.")
+                break
+        if any_process(interrupted):
+            raise KeyboardInterrupt(f"stopped: python train.py --resume --out_dir {options['out_dir']} goes on.")
+    model.eval()  # also where there was no step to make any more
     return seconds
 
 
@@ -382,7 +395,7 @@ def resume_stage(run, stage, model, optimiser):
             model.load_state_dict(run.pop("weights"))
             optimiser.load_state_dict(run.pop("optimiser"))
         except Exception:  # whatever wrong contents make torch raise
-            raise InputError("the checkpoint does not fit the run: it is damaged, or of another version. Leave out --resume.") from None
+            raise InputError("the checkpoint does not fit the run: it is damaged, or of another version. Delete resume.pt to begin anew.") from None
     else:
         run |= {"stage": stage, "step": 0, "seconds": 0.0}
         save_run(run, model, optimiser)  # so that there is something to resume from the first step on
@@ -413,6 +426,8 @@ def load_run(out_dir):
             raise ValueError
         except FileNotFoundError:
             continue
+        except (OSError, MemoryError):  # unread is not damaged
+            raise
         except Exception:  # whatever a damaged file makes torch raise
             print(f"note: {path} is damaged; the one before is tried.", file=sys.stderr)
     raise InputError(f"{out_dir} holds no checkpoint of an unfinished run: leave out --resume to begin one.")
@@ -478,7 +493,7 @@ def train_autoencoder(settings, run, train, validation, encoding):
     def next_batch():
         return random_windows(train, batch // WORLD, K)
 
-    seconds = optimise(model, next_batch, steps, settings.autoencoder_lr, report, run, "autoencoder")
+    seconds = optimise(model, next_batch, steps, settings.autoencoder_lr, report, run, "autoencoder", settings.parts)
     if RANK:
         return model, {}
     by_noise, tokens = {str(noise): accuracy(noise) for noise in NOISE_LEVELS}, steps * batch * K
@@ -573,8 +588,8 @@ def main():
     if (out_dir / "summary.json").exists():
         summary = {name: part for name, part in read_json(out_dir / "summary.json").items() if kept is None or name in kept}
     if run["stage"] is None:
-        if (out_dir / "resume.pt").exists():
-            raise InputError(f"{out_dir} holds an unfinished run: add --resume to go on with it, or delete {out_dir}/resume.pt to begin anew.")
+        if unfinished := " and ".join(str(path) for path in out_dir.glob("resume*.pt")):
+            raise InputError(f"{out_dir} holds an unfinished run: add --resume to go on with it, or delete {unfinished} to begin anew.")
         run |= {"log": [row for row in read_log(out_dir) if row["stage"] in (kept or ("autoencoder", "calm"))]}
     run["settings"]["out_dir"] = settings.out_dir  # the folder may have been moved
     start_processes(settings)
@@ -615,13 +630,12 @@ def main():
 
 
 def start_processes(settings):
-    """Under torchrun: meets the other processes, takes a GPU of its own if there are, and leaves speaking to the first process."""
-    if settings.device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # float32 products in TF32
+    """Under torchrun: meets the other processes, and leaves speaking to the first."""
+    if settings.device.startswith("cuda:"):
+        torch.cuda.set_device(settings.device)
     if WORLD > 1:
-        if settings.device == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)
-        dist.init_process_group("nccl" if settings.device == "cuda" else "gloo", timeout=timedelta(hours=4))  # reading a corpus takes long
+        backend = "nccl" if settings.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))  # the first may be long at reading a corpus
     if RANK:
         sys.stdout = open(os.devnull, "w")
 

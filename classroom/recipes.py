@@ -38,6 +38,7 @@ def energy_score_of_choice(P, distances, target):
     With all distances equal to 1 it is 2 P(y) - sum_i P(i)^2 - 1: the Brier score, less 1.
     """
     with torch.autocast(P.device.type, enabled=False):  # bfloat16 is too coarse for the difference of two distances
+        P = P.float() if P.dtype == torch.bfloat16 else P
         fidelity = (P * distances[target]).sum(-1)  # E |c_i - c_y|^alpha
         diversity = ((P @ distances) * P).sum(-1)  # E |c_i - c_j|^alpha
     return diversity - 2 * fidelity

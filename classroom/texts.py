@@ -134,18 +134,22 @@ def download(url):
 def read_documents(source):
     """
     Yields the documents of a source, strings: each file is one, or several where the mark `<|endoftext|>` separates them. One
-    is in memory at a time, so a corpus may be larger than memory; whoever needs it twice reads it twice.
+    is in memory at a time, so a corpus may be larger than memory; whoever needs it twice reads it twice. A document with its
+    tokens takes some 50 bytes a character: cut a single huge one into files, or mark its parts.
     """
     if source == "shakespeare":
         yield from shakespeare()
         return
-    source = Path(download(source) if source.startswith(("http://", "https://")) else source)
+    source, mark = Path(download(source) if source.startswith(("http://", "https://")) else source), END_OF_TEXT.encode()
     files = sorted(path for path in source.iterdir() if path.is_file() and path.name[0] != ".") if source.is_dir() else [source]
     for path in files:
-        rest = b""  # what follows the last mark so far
+        rest = bytearray()  # what follows the last mark so far
         for block in read_blocks(path):
-            *parts, rest = (rest + block).split(END_OF_TEXT.encode())
-            yield from texts_of(parts, path)
+            new = max(0, len(rest) - len(mark))  # where a mark can be that was not seen yet
+            rest += block
+            if rest.find(mark, new) >= 0:
+                *parts, rest = rest.split(mark)
+                yield from texts_of(parts, path)
         yield from texts_of([rest], path)
 
 

@@ -213,3 +213,17 @@ def test_a_checkpoint_brings_its_head_back(tmp_path):
 def test_words_are_two_letters_or_more_and_whole():
     assert words_of("The cat's a fée, 2x 3abc-de\nend") == ["The", "cat", "fée", "abc", "de"]
     assert share_of_words(["The cat ", "tho cat ca"], {"The", "cat"}) == (3 / 4, 4)
+
+
+def test_mixed_precision_leaves_the_score_of_choices_in_float32():
+    """Codes that differ by a hundredth of their size: bfloat16, whose numbers have 8 bits, would take them for equal."""
+    torch.manual_seed(0)
+    head = ChoiceHead(16, 8, 2, 5)
+    head.codes.copy_(1 + 0.01 * torch.randn(2, 5, 8))
+    hidden, tokens = torch.randn(50, 16), torch.randint(5, (50, 2))
+    with torch.no_grad():
+        full = head.loss(hidden, tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = head.loss(hidden, tokens)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, full, rtol=0.02, atol=0)

@@ -139,6 +139,18 @@ def test_control_c_saves_and_says_how_to_go_on(stopped, copy, monkeypatch):
     assert not list((copy / "run").glob("resume*"))
 
 
+def test_a_run_that_is_killed_at_its_last_evaluation_ends_as_if_it_had_not_been(copy, monkeypatch):
+    run = start(copy, "--resume", "--out_dir", "run")
+    while not run.stdout.readline().startswith("calm     48/48"):
+        assert run.poll() is None
+    while train.load_run(copy / "run")["step"] < 48:
+        time.sleep(0.01)
+    run.kill()
+    run.communicate()
+    resume_here(monkeypatch)
+    assert outcome(copy / "run") == outcome(copy / "undisturbed")
+
+
 def test_a_changed_flag_is_refused_by_its_name(copy, command):
     before = {path.name: path.read_bytes() for path in (copy / "run").iterdir()}
     assert "--lr was 0.003" in command(train.main, "--resume", "--out_dir", "run", "--lr", 1e-3)
@@ -167,6 +179,8 @@ def test_nothing_to_resume_is_said(copy, command, capsys):
 def test_a_loss_that_is_no_longer_finite_stops_with_its_step_and_spares_what_was_saved(copy, command):
     assert "unfinished run" in command(train.main, *SIZES, *STEPS, "--out_dir", "run", "--stage", "calm", "--lr", 1e9)
     (copy / "run" / "resume.pt").unlink()
+    assert "unfinished run" in command(train.main, *SIZES, *STEPS, "--out_dir", "run", "--stage", "calm", "--lr", 1e9)
+    (copy / "run" / "resume.old.pt").unlink()
     message = command(train.main, *SIZES, *STEPS, "--out_dir", "run", "--stage", "calm", "--lr", 1e9)
     assert "no longer finite at step" in message
     run = train.load_run("run")  # raises if there is none
@@ -197,13 +211,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(folder, lim
 def gradients():
     """
     The gradients (no longer than 1, as clipped) of one step of `optimise` on this process's share of a batch of 8 sequences,
-    for two models whose losses need no random numbers: a discrete Transformer, and, in two parts, a CALM with choices.
+    for two models whose losses need no random numbers: a discrete Transformer, and, in four parts, a CALM with choices.
     """
     choices = build_calm("choices", tiny_calm().config, tiny_calm().autoencoder, torch.arange(200).view(50, 4) % 13)
     torch.manual_seed(0)
     baseline = TransformerLM(TransformerConfig(13, 16, 32, n_layers=2, n_heads=2, context=32))
     share = torch.randint(13, (8, 32), generator=torch.Generator().manual_seed(1)).chunk(train.WORLD)[train.RANK]
-    for model, parts in ((baseline, 1), (choices, 2)):
+    for model, parts in ((baseline, 1), (choices, 4)):
         train.optimise(model, lambda: share, 1, 1e-3, lambda *_: None, parts=parts)
         yield torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 

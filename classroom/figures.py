@@ -174,7 +174,7 @@ def draw_robustness(args):
         axes.plot(relative, accuracies, marker="os^vD*"[i], label=f"{name} (latents' std {size:.2f}; at σ = 0.3: {at_03:.2%})")
         print(f"{name}: {seconds:.0f} s, latents' std {size:.2f}; recovered: {accuracies[0]:.2f} %, with noise of 0.3 {at_03:.2%}, "
               f"of half their std {accuracies[5]:.2f} %", flush=True)  # fmt: skip
-    axes.set(title="What each regulariser does for 4 bytes in 32 numbers", xlabel="σ of the Gaussian noise on z, in units of the latents' std", ylabel="held-out tokens recovered (%)")
+    axes.set(title="What each regulariser is for", xlabel="σ of the Gaussian noise on z, in units of the latents' std", ylabel="held-out tokens recovered (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save(figure, "robustness", args)

@@ -293,7 +293,7 @@ def test_a_prompt_shorter_than_a_chunk_is_completed_in_front():
 def test_left_over_tokens_condition_exactly(seed):
     """
     H0: with a left-over token g, `generate` draws the rest of the chunk from P(rest | the chunk begins with g, history).
-    P is estimated from 200 000 draws of whole chunks; 400 texts are generated; two-sample chi-square, p > 1e-4.
+    P is estimated from 200 000 draws of whole chunks; 200 texts are generated; two-sample chi-square, p > 1e-4.
     """
     model = tiny_calm(chunk_size=2, vocab_size=4, seed=3)
     torch.manual_seed(seed)
@@ -304,7 +304,7 @@ def test_left_over_tokens_condition_exactly(seed):
     assert P.count_nonzero() > 1 and len(draws) > 2 * P.sum()
 
     prompt = torch.cat([history, given.view(1, 1)], dim=1)
-    texts = generate(model, prompt.expand(400, -1), 1)
+    texts = generate(model, prompt.expand(200, -1), 1)
     assert (texts[:, 4] == given).all()
     observed = texts[:, 5].bincount(minlength=4).double()
     both = observed + P  # counts of two samples from the same distribution, so the expected shares come from both

@@ -25,7 +25,7 @@ from classroom.recipes import build_calm
 SCRIPT = os.path.join(os.path.dirname(os.path.abspath(train.__file__)), "train.py")
 SIZES = (
     "--data text.txt --device cpu --context 32 --batch_size 4 --latent_size 8 --hidden_size 16 --n_layers 1 --n_heads 1 "
-    "--autoencoder_hidden_size 16 --autoencoder_batch_size 32 --save_every 0.01"
+    "--autoencoder_hidden_size 16 --autoencoder_batch_size 32 --save_every 0.2"
 ).split()
 STEPS = ["--autoencoder_steps", "24", "--steps", "48"]
 
@@ -64,37 +64,31 @@ def outcome(out_dir):
     return rows, summary, (out_dir / "sample.txt").read_text(), weights
 
 
+def kill(run, folder):
+    """SIGKILL. Whatever has been renamed into place must be whole."""
+    run.kill()
+    run.communicate()
+    for path in folder.glob("*.pt"):
+        torch.load(path, weights_only=True)  # raises if it is damaged
+
+
 def kill_and_resume(folder, kills, longest, seed):
     """
-    Kills a run at `kills` random moments, each up to `longest` lines of output after it was begun or resumed, and resumes it
-    each time; returns how often a checkpoint was there to go on from.
+    Kills a run in `folder` at `kills` random moments, each up to `longest` lines of output after it was begun or resumed;
+    returns how often there was a checkpoint to go on from.
     """
     moments, resumed = random.Random(seed), 0
-    for kill in range(kills + 1):
-        resuming = any((folder / "killed" / name).exists() for name in ("resume.pt", "resume.old.pt"))
-        run = start(folder, *(["--resume"] if resuming else [*SIZES, *STEPS]), "--out_dir", "killed")
+    for _ in range(kills):
+        resuming = any(folder.glob("resume*.pt"))
+        run = start(folder.parent, *(["--resume"] if resuming else [*SIZES, *STEPS]), "--out_dir", folder)
         resumed += resuming
-        if kill == kills:
-            _, errors = run.communicate(timeout=200)
-            assert run.returncode == 0, errors
-            break
         for _ in range(moments.randint(1, longest)):
             run.stdout.readline()
         time.sleep(moments.uniform(0, 0.3))
-        run.kill()
-        run.communicate()
-        for path in (folder / "killed").glob("*.pt"):
-            torch.load(path, weights_only=True)  # raises if it is damaged
-        if (folder / "killed" / "summary.json").exists():
+        kill(run, folder)
+        if (folder / "summary.json").exists():
             break  # it was faster
     return resumed
-
-
-def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(folder, monkeypatch):
-    train_here(monkeypatch, *SIZES, *STEPS, "--out_dir", "undisturbed")
-    assert kill_and_resume(folder, kills=2, longest=12, seed=0) >= 1
-    assert outcome(folder / "killed") == outcome(folder / "undisturbed")
-    assert {path.name for path in (folder / "killed").iterdir()} == {path.name for path in (folder / "undisturbed").iterdir()}
 
 
 # What stops a run
@@ -107,20 +101,16 @@ def ends(run):
     return run.returncode, line
 
 
-def resume_here(monkeypatch, *arguments):
-    train_here(monkeypatch, "--resume", "--out_dir", "run", *arguments)
-
-
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A folder with a run that SIGINT stopped in the language model's training; what it said; and one that was not stopped."""
     folder = tmp_path_factory.mktemp("stopped")
     write_text(folder)
-    assert start(folder, *SIZES, *STEPS, "--out_dir", "undisturbed").communicate() and (folder / "undisturbed" / "summary.json").exists()
-    run = start(folder, *SIZES, *STEPS, "--out_dir", "run")
+    undisturbed, run = (start(folder, *SIZES, *STEPS, "--out_dir", name) for name in ("undisturbed", "run"))
     while not run.stdout.readline().startswith("calm      8"):
         assert run.poll() is None
     run.send_signal(signal.SIGINT)
+    undisturbed.communicate()
     return folder, ends(run)
 
 
@@ -131,24 +121,22 @@ def copy(stopped, tmp_path, monkeypatch):
     return tmp_path / "copy"
 
 
-def test_control_c_saves_and_says_how_to_go_on(stopped, copy, monkeypatch):
+def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(copy, monkeypatch):
+    """Twice at random moments (the script: twenty times), and once more after the last step, while it is scored."""
+    assert kill_and_resume(copy / "killed", kills=2, longest=9, seed=0) >= 1
+    run = start(copy, "--resume", "--out_dir", "killed")
+    while train.load_run(copy / "killed")["step"] < 48:
+        assert run.poll() is None
+        time.sleep(0.05)
+    kill(run, copy / "killed")
+    train_here(monkeypatch, "--resume", "--out_dir", "killed")
+    assert outcome(copy / "killed") == outcome(copy / "undisturbed")
+    assert {path.name for path in (copy / "killed").iterdir()} == {path.name for path in (copy / "undisturbed").iterdir()}
+
+
+def test_control_c_saves_and_says_how_to_go_on(stopped):
     status, line = stopped[1]
     assert status == 130 and "python train.py --resume --out_dir run" in line
-    resume_here(monkeypatch)
-    assert outcome(copy / "run") == outcome(copy / "undisturbed")
-    assert not list((copy / "run").glob("resume*"))
-
-
-def test_a_run_that_is_killed_at_its_last_evaluation_ends_as_if_it_had_not_been(copy, monkeypatch):
-    run = start(copy, "--resume", "--out_dir", "run")
-    while not run.stdout.readline().startswith("calm     48/48"):
-        assert run.poll() is None
-    while train.load_run(copy / "run")["step"] < 48:
-        time.sleep(0.01)
-    run.kill()
-    run.communicate()
-    resume_here(monkeypatch)
-    assert outcome(copy / "run") == outcome(copy / "undisturbed")
 
 
 def test_a_changed_flag_is_refused_by_its_name(copy, command):
@@ -161,12 +149,13 @@ def test_a_changed_flag_is_refused_by_its_name(copy, command):
     assert {name for name in after if after[name] != before.get(name)} <= {"train.bin", "validation.bin"}
 
 
-def test_a_truncated_checkpoint_falls_back_on_the_one_before(copy, monkeypatch, capsys):
+def test_a_truncated_checkpoint_falls_back_on_the_one_before(copy, capsys):
     path = copy / "run" / "resume.pt"
+    newest, before = (torch.load(copy / "run" / name, weights_only=True)["step"] for name in ("resume.pt", "resume.old.pt"))
+    assert train.load_run("run")["step"] == newest
     path.write_bytes(path.read_bytes()[:1000])
-    resume_here(monkeypatch)
+    assert train.load_run("run")["step"] == before
     assert "resume.pt is damaged" in capsys.readouterr().err
-    assert outcome(copy / "run") == outcome(copy / "undisturbed")
 
 
 def test_nothing_to_resume_is_said(copy, command, capsys):
@@ -222,29 +211,34 @@ def gradients():
         yield torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-def test_two_processes_have_the_gradient_of_one(folder):
+def in_two_processes(folder, command):
+    """Runs a command (rank -> its words) in two processes that are told of each other as torchrun does; returns their outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "import sys, torch, test_survival as t; torch.distributed.init_process_group('gloo'); torch.save([*t.gradients()], sys.argv[1])"
     runs = []
     for rank in range(2):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = os.environ | {name: str(value) for name, value in place.items()}
-        command = [sys.executable, "-c", code, str(folder / f"{rank}.pt")]
-        runs.append(subprocess.Popen(command, cwd=os.path.dirname(os.path.abspath(__file__)), env=environment))
-    assert [run.wait(timeout=100) for run in runs] == [0, 0]
+        runs.append(subprocess.Popen([sys.executable, *command(rank)], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE))
+    outputs = [run.communicate(timeout=100)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    return outputs
+
+
+def test_two_processes_have_the_gradient_of_one(folder):
+    code = "import sys, torch, test_survival as t; torch.distributed.init_process_group('gloo'); torch.save([*t.gradients()], sys.argv[1])"
+    in_two_processes(os.path.dirname(os.path.abspath(__file__)), lambda rank: ["-c", code, str(folder / f"{rank}.pt")])
     for rank in range(2):
         for two, one in zip(torch.load(folder / f"{rank}.pt", weights_only=True), gradients()):
             assert one.norm() > 0.1 and (two - one).norm() / one.norm() < 1e-6
 
 
 def test_a_run_of_two_processes_leaves_what_a_run_of_one_leaves(folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
-    done = subprocess.run([*command, *SIZES, *STEPS, "--out_dir", "two"], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("BrierLM") == 13 and {"calm.pt", "summary.json"} <= {path.name for path in (folder / "two").iterdir()}
-    assert json.loads((folder / "two" / "summary.json").read_text())["calm"]["tokens"] == 48 * 4 * 32
+    first, second = in_two_processes(folder, lambda rank: [SCRIPT, *SIZES, "--autoencoder_steps", "3", "--steps", "3", "--out_dir", "two"])
+    assert first.count("BrierLM") == 4 and second == ""
+    assert {"autoencoder.pt", "calm.pt", "sample.txt", "curves.png", "summary.json"} <= {path.name for path in (folder / "two").iterdir()}
+    assert json.loads((folder / "two" / "summary.json").read_text())["calm"]["tokens"] == 3 * 4 * 32
 
 
 if __name__ == "__main__":
@@ -253,9 +247,12 @@ if __name__ == "__main__":
 
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     with tempfile.TemporaryDirectory() as name:
-        write_text(Path(name))
-        assert start(name, *SIZES, *STEPS, "--out_dir", "undisturbed").wait() == 0
-        resumed = kill_and_resume(Path(name), kills, longest=5, seed=0)
-        same = outcome(Path(name, "killed")) == outcome(Path(name, "undisturbed"))
+        place = Path(name)
+        write_text(place)
+        start(place, *SIZES, *STEPS, "--out_dir", "undisturbed").communicate()
+        resumed = kill_and_resume(place / "killed", kills, longest=5, seed=0)
+        if any((place / "killed").glob("resume*.pt")):
+            start(place, "--resume", "--out_dir", "killed").communicate()
+        same = outcome(place / "killed") == outcome(place / "undisturbed")
         print(f"killed {kills} times at random moments, resumed {resumed} times: {'the same, bit for bit' if same else 'DIFFERENT'}")
         sys.exit(not same)

@@ -265,21 +265,22 @@ def repeating(tmp_path_factory):
     return done.stdout, folder / "run"
 
 
-def test_a_repeating_text_is_learnt_perfectly(repeating):
+def test_a_repeating_text_is_learnt_perfectly(repeating, monkeypatch, capsys):
     summary = json.loads((repeating[1] / "summary.json").read_text())
     assert summary["autoencoder"]["accuracy"] > 0.999  # all but the one end-of-text token
     assert summary["calm"]["brier"] == pytest.approx([1.0] * 4, abs=0.01) and summary["calm"]["brier_lm"] > 99
+
+    def sample_text(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--out_dir", str(repeating[1]), *arguments])
+        sample.main()
+        out, err = capsys.readouterr()
+        assert err == "200.0 draws per chunk, at most 200\n"
+        return out
+
     line = "To be, or not to be:\n"
-    assert line * 10 in sample_text(repeating[1], "--prompt", line * 2, "--temperature", "0.5")
+    assert line * 10 in sample_text("--prompt", line * 2, "--temperature", "0.5")
     # 21 characters a line and K = 4: this prompt ends inside a chunk.
-    assert sample_text(repeating[1], "--prompt", line + "To be, or", "--n_tokens", "30").startswith(line * 2)
-
-
-def sample_text(out_dir, *arguments):
-    script = os.path.join(os.path.dirname(sample.__file__), "sample.py")
-    done = subprocess.run([sys.executable, script, "--out_dir", out_dir, *arguments], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and done.stderr == "200.0 draws per chunk, at most 200\n", done.stderr
-    return done.stdout
+    assert sample_text("--prompt", line + "To be, or", "--n_tokens", "30").startswith(line * 2)
 
 
 def test_a_run_leaves_what_it_promises(repeating):

@@ -1,32 +1,35 @@
 """
-CALM: a Transformer that predicts the next *vector*, and the score that judges it by its samples alone.
+CALM: a Transformer that predicts the next *vector*, and the score that judges it by samples alone.
 
-    tokens of chunk i  --embed, compress-->  one input  --Transformer-->  h_i  --energy head-->  z of chunk i+1
-                                                                                    |
-                                             tokens of chunk i+1  <--frozen autoencoder's decoder--
+    tokens of chunk i --embed, compress--> one input --Transformer--> h_i --energy head--> z_{i+1}
+                                                                                              |
+                           tokens of chunk i+1  <--decoder of the frozen autoencoder----------+
 
-A sequence of T tokens is L = T/K steps long. The file has five parts: the backbone (an ordinary LLaMA-style Transformer with
-a key/value cache), CALM itself, the discrete Transformer it is compared with, and for the comparison the Brier score of
-their predictions (BrierLM) and the arithmetic that they cost.
+A text of T tokens takes L = T / K steps. The file has four parts: the backbone, an ordinary
+LLaMA-style Transformer with a key/value cache; CALM; the discrete Transformer it is compared with;
+and BrierLM, the score that both can be given.
 
 Letters: those of autoencoder.py (B, T, L, K, V, d, l, ...), H attention heads, n samples.
 """
 
 import itertools
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autoencoder import NORM_EPS, AutoencoderConfig, InputError, SwiGLU, init_by_width
+from autoencoder import NORM_EPS, Autoencoder, AutoencoderConfig, SwiGLU
+from autoencoder import init_by_width, released_weights
 from energy_head import EnergyHead, energy_loss
 
 
 @dataclass
 class CALMConfig:
-    """The published CALM-M (371 M parameters), except for the vocabulary."""
+    """The published CALM-M (371 M parameters)."""
 
     vocab_size: int
     chunk_size: int = 4  # K
@@ -43,113 +46,88 @@ class CALMConfig:
     context: int = 8192  # tokens in a training sequence: 2048 steps
     rope_theta: float = 10_000.0
 
-    def __post_init__(self):
-        if not 0 < self.alpha < 2:
-            raise InputError(f"alpha must lie strictly between 0 and 2, not {self.alpha}.")
-        check_sizes(self)
-        if self.n_samples < 2:
-            raise InputError("n_samples must be at least 2: the energy score compares samples with each other.")
-
 
 @dataclass
 class TransformerConfig:
-    """The discrete model that the paper compares with: its Transformer-S (281 M parameters), except for the vocabulary."""
+    """The discrete model that the paper compares with, Transformer-S (281 M parameters)."""
 
     vocab_size: int
     hidden_size: int = 768
     intermediate_size: int = 2048
     n_layers: int = 12
-    n_heads: int = 12
+    n_heads: int = 16
     context: int = 2048
     rope_theta: float = 10_000.0
-    chunk_size = 1  # no field: a step is always one token
-
-    def __post_init__(self):
-        check_sizes(self)
+    chunk_size = 1  # not a field: a step is always one token
 
 
-def check_sizes(config):
-    """Raises InputError, saying what to change, for sizes that cannot be."""
-    for name, value in vars(config).items():
-        limit = 1000 if name.endswith(("layers", "blocks")) else 2**31
-        if name != "alpha" and not 1 <= value < limit:
-            raise InputError(f"{name} must be at least 1, and no more than a computer can hold, not {value}.")
-    if config.hidden_size % (2 * config.n_heads):
-        raise InputError(f"hidden_size {config.hidden_size} must be a multiple of twice n_heads ({config.n_heads}).")
-    if config.context % config.chunk_size or config.context < 2 * config.chunk_size:
-        near = max(2, config.context // config.chunk_size) * config.chunk_size
-        raise InputError(f"context {config.context} is not a multiple of chunk_size {config.chunk_size} with two chunks or more: try {near}.")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The backbone
 
 
 class KVCache:
     """
-    The keys and values of the steps already taken, so that the next step need not compute them again: for each layer
-    (B, H, capacity, d/H), of which the first `length` steps count. To go back in time, set `length` to something smaller.
+    Keys and values of the steps already taken, so that the next step need not compute them again.
+    To go back in time, set `length`: later steps are then forgotten when the next one is added.
     """
 
     def __init__(self):
-        self.length = 0
-        self.layers = {}  # layer number -> (keys, values)
+        self.length = 0  # steps that count; the backbone adds to it
+        self.keys, self.values = {}, {}  # for each layer's number (B, H, steps, d/H)
 
-    def append(self, layer, keys, values):
-        """Stores keys and values (B, H, new, d/H) after the first `length` steps; returns those of all, (B, H, length + new, d/H)."""
-        end = self.length + keys.shape[2]
-        if layer not in self.layers:
-            self.layers[layer] = (keys, values)
-        elif end > self.layers[layer][0].shape[2]:
-            room = torch.zeros_like(self.layers[layer][0][:, :, :1]).expand(-1, -1, end, -1)  # at least doubles: growth is rare
-            self.layers[layer] = tuple(torch.cat([old, room], dim=2) for old in self.layers[layer])
-        for stored, new in zip(self.layers[layer], (keys, values)):
-            stored[:, :, self.length : end] = new
-        return tuple(stored[:, :, :end] for stored in self.layers[layer])
+    def append(self, layer, k, v):
+        """Adds the keys and values of new steps (B, H, new, d/H); returns those of all steps."""
+        if self.length > 0:
+            k = torch.cat([self.keys[layer][:, :, : self.length], k], dim=2)
+            v = torch.cat([self.values[layer][:, :, : self.length], v], dim=2)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
 
     def repeat(self, n):
-        """n copies of the whole batch, one behind the other: B becomes n · B."""
-        self.layers = {i: (k.repeat(n, 1, 1, 1), v.repeat(n, 1, 1, 1)) for i, (k, v) in self.layers.items()}
+        """n copies of the batch, one behind the other: B becomes n · B."""
+        for layer in self.keys:
+            self.keys[layer] = self.keys[layer].repeat(n, 1, 1, 1)
+            self.values[layer] = self.values[layer].repeat(n, 1, 1, 1)
 
 
-def rotation(positions, size, theta):
-    """cos and sin of the angles position · theta^(-j / half), j < half = size / 2: positions (steps,) -> (steps, half) each."""
-    half = size // 2
-    frequencies = theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
-    angles = positions[:, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
+def rotate(x, positions, theta):
     """
-    Rotary position embedding (RoPE): turn each pair of coordinates (j, j + half) of x (B, H, steps, size) by its angle, so
-    that dot products depend on *differences* of positions: cos, sin (steps, size / 2) -> the shape of x. Half-split pairs, as
-    in the released code, not neighbours.
+    Rotary position embedding: turns the coordinates (j, j + half) of x (B, H, steps, size) by the
+    angle position · theta^(-j/half). Products of queries and keys then depend on *differences* of
+    positions. Pairs are half-split, as in the released code, not neighbours.
     """
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
+    half = x.shape[-1] // 2
+    j = torch.arange(half, device=x.device)
+    angles = positions[:, None] * theta ** (-j / half)  # (steps, half)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)  # (B, H, steps, half) each
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class Attention(nn.Module):
-    """
-    Self-attention with RoPE, without biases: x (B, steps, d) -> (B, steps, d). turn: (cos, sin) of `rotation`; visible:
-    (steps, all steps) bool, or None for causal; cache: a KVCache or None; layer: its number there.
-    """
+    """Causal self-attention with RoPE: (B, steps, d) -> (B, steps, d)."""
 
     def __init__(self, config):
         super().__init__()
-        d, self.n_heads = config.hidden_size, config.n_heads
-        self.query, self.key, self.value, self.out = (nn.Linear(d, d, bias=False) for _ in range(4))
+        d = config.hidden_size
+        self.n_heads, self.theta = config.n_heads, config.rope_theta
+        self.query = nn.Linear(d, d, bias=False)
+        self.key = nn.Linear(d, d, bias=False)
+        self.value = nn.Linear(d, d, bias=False)
+        self.out = nn.Linear(d, d, bias=False)
 
-    def forward(self, x, turn, visible, cache, layer):
-        # (B, steps, d) -> (B, H, steps, d/H) each
-        q, k, v = (f(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        q, k = rotate(q, *turn), rotate(k, *turn)
+    def forward(self, x, positions, cache, layer):
+        B, steps, d = x.shape
+        q = self.query(x).view(B, steps, self.n_heads, -1).transpose(1, 2)  # (B, H, steps, d/H)
+        k = self.key(x).view(B, steps, self.n_heads, -1).transpose(1, 2)  # (B, H, steps, d/H)
+        v = self.value(x).view(B, steps, self.n_heads, -1).transpose(1, 2)  # (B, H, steps, d/H)
+        q = rotate(q, positions, self.theta)
+        k = rotate(k, positions, self.theta)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
-        return self.out(x.transpose(1, 2).flatten(-2))
+            k, v = cache.append(layer, k, v)  # (B, H, all steps, d/H)
+        # A single new step may see everything: it needs no mask.
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=steps > 1)
+        return self.out(x.transpose(1, 2).reshape(B, steps, d))
 
 
 class TransformerBlock(nn.Module):
@@ -162,135 +140,170 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, *attention_arguments):
-        x = x + self.attention(self.attention_norm(x), *attention_arguments)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x, positions, cache, layer):
+        x = x + self.attention(self.attention_norm(x), positions, cache, layer)
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
 
 
 class Backbone(nn.Module):
     """
-    The Transformer between inputs and hidden states: (B, steps, d) -> (B, steps, d). It need not know what a step is. Given
-    a cache, it continues after the steps in it. Causal, unless both positions (steps,) and visible (steps, steps in the cache
-    + steps), bool, say otherwise. Released code: its `transformer`.
+    The Transformer between inputs and hidden states: (B, steps, d) -> (B, steps, d). It need not
+    know what a step is. With a cache it goes on after the steps in it, one step at a time; an empty
+    cache takes any number.                              (released code: its `LlamaModel`)
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        assert config.hidden_size % (2 * config.n_heads) == 0, (
+            f"hidden_size {config.hidden_size} must be a multiple of 2 · n_heads {config.n_heads}"
+        )
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
 
-    def forward(self, x, cache=None, positions=None, visible=None):
-        past, steps = (0 if cache is None else cache.length), x.shape[1]
-        if positions is None:
-            positions = torch.arange(past, past + steps, device=x.device)
-            if past:  # the new steps see all of the past, and of each other what is not in their future
-                visible = torch.ones(steps, past + steps, dtype=torch.bool, device=x.device).tril(past)
-        turn = rotation(positions, self.config.hidden_size // self.config.n_heads, self.config.rope_theta)
+    def forward(self, x, cache=None):
+        past, steps = 0, x.shape[1]
+        if cache is not None:
+            past = cache.length
+            assert past == 0 or steps == 1, "after a beginning, a cache takes one step at a time"
+        positions = torch.arange(past, past + steps, device=x.device)
         for layer, block in enumerate(self.blocks):
-            x = block(x, turn, visible, cache, layer)
+            x = block(x, positions, cache, layer)
         if cache is not None:
             cache.length += steps
         return self.norm(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # CALM
 
 
 class CALM(nn.Module):
     """
-    The continuous autoregressive language model (paper, section 3; released code: `EnergyTransformer`).
+    The continuous autoregressive language model       (paper, section 3; released: `EnergyTransformer`)
     The autoencoder is frozen, so that the target stands still.
     """
+
+    # Parts of names in the released checkpoints, and what they are called here.
+    RELEASED_NAMES = [
+        ("generative_head.", "head."), ("mlp_generator.", "head."),  # the head, saved twice
+        ("noise_embd", "noise_in"), ("norm_noise", "noise_norm"), ("hidden_embd", "hidden_in"),
+        ("norm_hidden", "hidden_norm"), ("mlp_blocks", "blocks"), ("in_ln", "norm"),
+        ("final_layer.norm", "final_norm"), ("final_layer.linears", "final"), ("linears", "mlp"),
+        ("embed_proj", "compression"), ("transformer.embed_tokens", "embedding"),
+        ("transformer.layers", "backbone.blocks"), ("transformer.norm", "backbone.norm"),
+        ("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm"),
+        ("self_attn.q", "attention.query"), ("self_attn.k", "attention.key"),
+        ("self_attn.v", "attention.value"), ("self_attn.o", "attention.out"),
+        *Autoencoder.RELEASED_NAMES, ("ae_model.", "autoencoder."),
+    ]  # fmt: skip
 
     def __init__(self, config, autoencoder):
         super().__init__()
         for name in ("vocab_size", "chunk_size", "latent_size"):
             ours, theirs = getattr(config, name), getattr(autoencoder.config, name)
-            if ours != theirs:
-                raise InputError(f"the language model has {name} {ours}, but its autoencoder has {theirs}: they must agree.")
+            assert ours == theirs, f"CALM has {name} {ours}, its autoencoder {theirs}: make them equal"
         self.config = config
         d, K = config.hidden_size, config.chunk_size
         self.embedding = nn.Embedding(config.vocab_size, d)
-        self.compression = nn.Sequential(nn.Linear(K * d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d), nn.LayerNorm(d, eps=NORM_EPS))
+        self.compression = nn.Sequential(
+            nn.Linear(K * d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d), nn.LayerNorm(d, eps=NORM_EPS)
+        )
         self.backbone = Backbone(config)
-        self.apply(init_by_width)  # before the head and the autoencoder, which have starts of their own
+        self.apply(init_by_width)  # the head and the autoencoder, below, have starts of their own
         self.head = EnergyHead(d, config.latent_size, config.noise_size, config.n_head_blocks)
         self.autoencoder = autoencoder.eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, folder, autoencoder=None):
         """
-        The model in a folder of the released layout. Its autoencoder is the folder's own frozen copy, unless another is given
-        (a module or a folder). Raises InputError, naming what is wrong, for any other folder.
+        The model in a folder of the released layout, in evaluation mode. Its autoencoder is the
+        frozen copy that lies there too, unless another is given.
         """
-        from classroom.released import load_calm
-
-        return load_calm(folder, autoencoder)
+        released = json.loads(Path(folder, "config.json").read_text())
+        fields = ("vocab_size patch_size latent_size hidden_size intermediate_size "
+                  "num_hidden_layers num_attention_heads noise_size num_mlp_layers")  # fmt: skip
+        config = CALMConfig(*[released[field] for field in fields.split()])
+        config.context = released["max_position_embeddings"] * config.chunk_size  # theirs: in chunks
+        config.rope_theta = released["rope_theta"]
+        weights = released_weights(folder, cls.RELEASED_NAMES)
+        if autoencoder is None:
+            # The folder does not say the sizes of its copy, but the weights do.
+            d = weights["autoencoder.squeeze.weight"].shape[0]
+            inner = weights["autoencoder.encoder_blocks.0.mlp.gate.weight"].shape[0]
+            sizes = (config.vocab_size, config.chunk_size, config.latent_size, d, inner)
+            with torch.device("meta"):
+                autoencoder = Autoencoder(AutoencoderConfig(*sizes))
+        else:
+            for name, tensor in autoencoder.state_dict().items():
+                weights["autoencoder." + name] = tensor
+        with torch.device("meta"):
+            model = cls(config, autoencoder)
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
 
     def train(self, mode=True):
-        """As for every module, but the frozen autoencoder stays in evaluation mode: its targets are undamaged."""
+        """As for every module, but the frozen autoencoder stays in evaluation mode."""
         super().train(mode)
         self.autoencoder.eval()
         return self
 
     def chunks(self, tokens):
-        """(B, T) -> (B, L, K). T must be a multiple of K."""
-        K = self.config.chunk_size
-        if tokens.shape[-1] % K:
-            raise ValueError(f"{tokens.shape[-1]} tokens are not a whole number of chunks of {K}")
-        return tokens.unflatten(-1, (-1, K))
+        """(B, T) -> (B, L, K)."""
+        K, T = self.config.chunk_size, tokens.shape[1]
+        assert T % K == 0, f"{T} tokens are not a whole number of chunks of {K}"
+        return tokens.unflatten(1, (T // K, K))
 
     def compress(self, tokens):
         """
-        The inputs of the backbone, the K embeddings of each chunk squeezed into one: (B, T) -> (B, L, d).
-
-        Inputs are made of *tokens*, not of latents: a generated vector is decoded first, so that its small errors do not pile
-        up from step to step (latents as inputs were worse; paper, section 3).
+        The inputs of the backbone, the K embeddings of a chunk made one: (B, T) -> (B, L, d).
+        They are made of *tokens*: a generated vector is decoded first, so that its small errors do
+        not pile up from step to step. Latents as inputs were worse (paper, section 3).
         """
-        return self.compression(self.embedding(self.chunks(tokens)).flatten(-2))
+        x = self.embedding(self.chunks(tokens))  # (B, L, K, d)
+        return self.compression(x.flatten(-2))
 
-    def hidden_states(self, tokens, cache=None, positions=None, visible=None):
-        """(B, T) -> (B, L, d). The state at chunk i has seen chunks 0 to i and predicts chunk i+1. The rest: see `Backbone`."""
-        return self.backbone(self.compress(tokens), cache, positions, visible)
+    def hidden_states(self, tokens, cache=None):
+        """(B, T) -> (B, L, d): the state at chunk i has seen chunks 0 … i and predicts i+1."""
+        return self.backbone(self.compress(tokens), cache)
 
     def forward(self, tokens):
         """
-        tokens (B, T)  ->  loss (a scalar), metrics (floats: fidelity, diversity).
-        Chunk 0 has no history and is only read. The targets of the others are the autoencoder's posteriors.
+        tokens (B, T)  ->  loss (a scalar), metrics (fidelity and diversity, scalars).
+        Chunk 0 has no history and is only read. Every other chunk is a target.
         """
         c = self.config
+        # What the Transformer says after each chunk but the last.
         hidden = self.hidden_states(tokens[:, : -c.chunk_size])  # (B, L-1, d)
+        # N draws of the next chunk's vector.
         samples = self.head.sample(hidden, c.n_samples)  # (N, B, L-1, l)
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):  # targets as they were trained: in float32
+        # The vectors that the text has there: the frozen encoder's posterior.
+        with torch.no_grad():
             mean, log_std = self.autoencoder.encode(self.chunks(tokens)[:, 1:])  # (B, L-1, l)
         loss, fidelity, diversity = energy_loss(samples, mean, log_std, c.n_targets, c.alpha)
-        return loss, {"fidelity": fidelity.item(), "diversity": diversity.item()}
+        return loss, {"fidelity": fidelity.detach(), "diversity": diversity.detach()}
 
     @torch.no_grad()
     def draw_chunks(self, hidden, n, generator=None):
         """
-        n independent draws of the next chunk for each hidden state: (..., d) -> (n, ..., K) int.
-        All the randomness is in the latent; each token is the decoder's most probable one for it (paper, section 3).
+        n independent draws of the next chunk: hidden (..., d) -> (n, ..., K) int. All randomness is
+        in the vector; each token is the most probable one for it (paper, section 3).
         """
-        return self.autoencoder.decode_tokens(self.head.sample(hidden, n, generator=generator))
+        latents = self.head.sample(hidden, n, generator)  # (n, ..., l)
+        # Some at a time: the logits of 512 chunks over 128 000 tokens take 1 GB.
+        parts = latents.flatten(0, -2).split(512)
+        tokens = torch.cat([self.autoencoder.decode(part).argmax(-1) for part in parts])
+        return tokens.view(*latents.shape[:-1], -1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The discrete Transformer, for comparison
-
-
-def draw_categorical(P, n, generator=None):
-    """n independent draws from each distribution: P (..., V) -> (n, ...) int."""
-    draws = P.reshape(-1, P.shape[-1]).multinomial(n, replacement=True, generator=generator)  # (rows, n)
-    return draws.T.reshape(n, *P.shape[:-1])
 
 
 class TransformerLM(nn.Module):
     """
-    The ordinary language model on the same backbone: one token a step, a softmax over the vocabulary, cross-entropy. Its
-    methods have the names and shapes of CALM's with K = 1, so whatever draws from CALM can draw from it.
+    The ordinary language model on the same backbone: one token a step, a softmax, cross-entropy.
+    Its methods have the shapes of CALM's with K = 1: what draws from CALM can draw from it.
     """
 
     def __init__(self, config):
@@ -301,199 +314,121 @@ class TransformerLM(nn.Module):
         self.unembedding = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(init_by_width)
 
-    def hidden_states(self, tokens, cache=None, positions=None, visible=None):
-        """(B, T) -> (B, T, d). The state at token i has seen tokens 0 to i and predicts token i+1. The rest: see `Backbone`."""
-        return self.backbone(self.embedding(tokens), cache, positions, visible)
-
-    def log_likelihood(self, tokens):
-        """(B, T) -> (B, T-1): log P(token i | the tokens before it), in nats, from the second token on."""
-        logits = self.unembedding(self.hidden_states(tokens[:, :-1]))
-        return -F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten().long(), reduction="none").view(len(tokens), -1)
+    def hidden_states(self, tokens, cache=None):
+        """(B, T) -> (B, T, d): the state at token i has seen tokens 0 … i and predicts i+1."""
+        return self.backbone(self.embedding(tokens), cache)
 
     def forward(self, tokens):
-        """tokens (B, T)  ->  loss (the cross-entropy, nats per token), metrics (empty: the loss says it all)."""
-        return -self.log_likelihood(tokens).mean(), {}
+        """tokens (B, T)  ->  loss (cross-entropy, nats per token), metrics (none)."""
+        logits = self.unembedding(self.hidden_states(tokens[:, :-1])).float()  # (B, T-1, V)
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), {}
 
     @torch.no_grad()
     def draw_chunks(self, hidden, n, generator=None, temperature=1.0):
-        """n independent draws of the next token: (..., d) -> (n, ..., 1) int. With logits, any temperature > 0 is a division."""
-        return draw_categorical((self.unembedding(hidden).float() / temperature).softmax(-1), n, generator).unsqueeze(-1)
+        """n independent draws of the next token: hidden (..., d) -> (n, ..., 1) int."""
+        logits = self.unembedding(hidden).float() / temperature  # (..., V)
+        P = logits.softmax(-1).flatten(0, -2)  # (rows, V)
+        draws = P.multinomial(n, replacement=True, generator=generator)  # (rows, n)
+        return draws.T.reshape(n, *hidden.shape[:-1], 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# BrierLM
+# -------------------------------------------------------------------------------------------------
+# BrierLM                                                                        (paper, section 4)
 #
-# The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2: for y ~ Q, sum Q^2 - sum (P - Q)^2 on average,
-# which is largest at P = Q.
-# Samples estimate both terms without bias: P(y) is how often one hits y, and sum_x P(x)^2 how often two of them collide.
-# The outcome of Brier-n is the next n tokens, all of which must agree.                                 (paper, section 4)
+# The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2. For y ~ Q its mean is
+# sum_x Q(x)^2 - sum_x (P(x) - Q(x))^2: it is largest at P = Q. Samples estimate both terms without
+# bias: P(y) is how often a draw hits y, and sum_x P(x)^2 is how often two draws agree. For Brier-n
+# the outcome is the next n tokens; all of them must agree.
 
 
 def prefix_matches(first, second):
-    """Do the first n tokens agree, for each n up to 4?  (..., K) and (..., K) -> (..., min(K, 4)), 1.0 or 0.0."""
-    return (first == second)[..., :4].long().cumprod(-1).float()  # 1 until the first difference, 0 from there on
+    """Do the first n tokens agree, n = 1 … 4?  (..., K) each -> (..., min(K, 4)), 1.0 or 0.0."""
+    same = (first == second)[..., :4].float()
+    return same.cumprod(-1)  # 1 up to the first difference, 0 from there on
 
 
 def brier_score(first, second, target):
     """
-    The unbiased two-sample estimate  1{x1 = y} + 1{x2 = y} - 1{x1 = x2}  of Brier-n for n = 1 … min(K, 4):
-    first and second (independent samples) and target, each (..., K) int  ->  (..., min(K, 4)) float.
+    The unbiased two-sample estimate of Brier-n for n = 1 … min(K, 4).
+    first and second (independent samples) and target, (..., K) int  ->  (..., min(K, 4)) float.
     """
-    return prefix_matches(first, target) + prefix_matches(second, target) - prefix_matches(first, second)
-
-
-def brier_score_pairs(samples, target):
-    """
-    The same estimate from all n (n-1) / 2 pairs of n >= 2 samples: unbiased as well, and the less noisy the larger n is.
-    samples (n, ..., K) int, target (..., K) int  ->  (..., min(K, 4)) float.
-    """
-    scores = [brier_score(first, second, target) for first, second in itertools.combinations(samples, 2)]
-    return sum(scores) / len(scores)
+    hits = prefix_matches(first, target) + prefix_matches(second, target)
+    collisions = prefix_matches(first, second)
+    return hits - collisions
 
 
 def brier_lm(brier):
     """
-    BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4): four numbers (a tensor or a sequence) -> float.
-    Each factor is floored at 0. The released code floors their *product*, which two or four
-    negative estimates make positive: a model that has learnt nothing then has a score.
+    BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4): four numbers -> float.
+    Each factor is floored at 0. The released code floors only their product, which four negative
+    estimates make positive: a model that has learnt nothing then has a score.
     """
     factors = [max(float(b), 0.0) for b in brier]
-    return 100 * math.prod(factors) ** (1 / len(factors))
+    return 100 * math.prod(factors) ** 0.25
 
 
-def grow_branches(model, tokens, n, n_chunks, at, generator=None):
+def draw_continuations(model, tokens, at, n):
     """
-    Continues a text by n_chunks chunks, n times, after each of the chunks `at` (positions,): tokens (B, T). Yields, for each
-    of the n_chunks, the hidden states it is drawn from, (n or 1, B, positions, d), and the draws, (n, B, positions, K).
-
-    All positions at once: the text is a stem, the continuation after chunk i a branch that sees chunks 0 … i of the stem and
-    its own chunks, and no other branch. Round j feeds the newest chunk of every branch side by side, as `positions` steps of
-    one sequence, in which branch i's has position i + j.
+    n continuations of at least 4 tokens after each of the chunks `at` (a list of P places in
+    increasing order), and the text's own: tokens (B, T)  ->  (n, B, P, >= 4), (B, P, >= 4).
     """
-    B = len(tokens)
-    cache = KVCache() if n_chunks > 1 else None
-    hidden = model.hidden_states(tokens, cache)  # the stem
-    visible = torch.arange(hidden.shape[1], device=at.device) <= at[:, None]  # (positions, L): branch i sees the stem up to i
-    hidden = hidden[:, at]
-    chunk = model.draw_chunks(hidden, n, generator=generator)
-    yield hidden.unsqueeze(0), chunk
-    if n_chunks > 1:
-        cache.repeat(n)
-    for j in range(1, n_chunks):
-        # The new columns: each branch sees its own chunk. A round's chunks, (n, B, positions, K), are n · B sequences of tokens.
-        visible = torch.cat([visible, torch.eye(len(at), dtype=torch.bool, device=at.device)], dim=1)
-        hidden = model.hidden_states(chunk.reshape(n * B, -1), cache, at + j, visible).unflatten(0, (n, B))
-        chunk = model.draw_chunks(hidden, 1, generator=generator)[0]
-        yield hidden, chunk
+    B, K = len(tokens), model.config.chunk_size
+    n_chunks = math.ceil(4 / K)
+    target = torch.stack([tokens[:, (i + 1) * K : (i + 1 + n_chunks) * K] for i in at], dim=1)
+    cache = KVCache()
+    hidden = model.hidden_states(tokens, cache)  # (B, L, d)
+    if n_chunks == 1:
+        return model.draw_chunks(hidden[:, at], n), target
 
-
-def draw_continuations(model, tokens, at, n, generator=None):
-    """
-    n continuations of at least 4 tokens after the chunks `at` of a text, and the text's own: tokens (B, T), at (positions,)
-    ->  (n, B, positions, >= 4), (B, positions, >= 4). For K < 4 several chunks are generated, each from its own history.
-    """
-    K, n_chunks = model.config.chunk_size, math.ceil(4 / model.config.chunk_size)
-    drawn = torch.cat([chunk for _, chunk in grow_branches(model, tokens, n, n_chunks, at, generator)], dim=-1)
-    return drawn, tokens[:, K:].unfold(1, n_chunks * K, K)[:, at]  # window i: the n_chunks · K tokens after chunk i
-
-
-def brier_by_likelihoods(model, tokens, at, generator=None):
-    """
-    Brier-1 … 4 of a TransformerLM after the tokens `at`: (B, T), (positions,) -> (B, positions, 4). Its likelihoods say P(y)
-    exactly. The sum over all n-grams x is too long, but its last factor is exact too, and one sampled path, on which the
-    probabilities are known, estimates the rest without bias:
-        sum_x P(x)^2  =  E over x ~ P of   P(x_1 … x_{n-1}) · sum_v P(v | x_1 … x_{n-1})^2 .
-    """
-    hits = model.log_likelihood(tokens).unfold(1, 4, 1)[:, at].cumsum(-1).exp()  # P(the next n tokens), n = 1 … 4
-    collisions, path = [], torch.ones(len(tokens), len(at), device=tokens.device)
-    for hidden, chunk in grow_branches(model, tokens, 1, 4, at, generator):
-        P = model.unembedding(hidden[0]).float().softmax(-1)  # [0]: of the one path
-        collisions.append(path * P.square().sum(-1))
-        path = path * P.take_along_dim(chunk[0], -1).squeeze(-1)
-    return 2 * hits - torch.stack(collisions, dim=-1)
+    # For K < 4, one place after the other. The last comes first: to go back from a continuation to
+    # an earlier place, the cache only has to be shortened.
+    cache.repeat(n)
+    drawn = []
+    for i in reversed(at):
+        cache.length = i + 1
+        chunk = model.draw_chunks(hidden[:, i], n)  # (n, B, K)
+        chunks = [chunk]
+        for _ in range(n_chunks - 1):
+            last = model.hidden_states(chunk.reshape(n * B, K), cache)  # (n·B, 1, d)
+            chunk = model.draw_chunks(last[:, 0], 1).view(n, B, K)
+            chunks.append(chunk)
+        drawn.append(torch.cat(chunks, dim=-1))
+    return torch.stack(drawn[::-1], dim=2), target
 
 
 @torch.no_grad()
-def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4, positions=None, generator=None):
+def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samples=4):
     """
-    Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, with standard errors and with the protocol, which is part
-    of the score: in an independent reproduction another length of context changed it by 30 %.
+    Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, tokens (T,) int.
 
-    tokens (T,) int are cut into sequences of `context` tokens (a multiple of K; a rest is left out), and each chunk is
-    predicted from the sequence before it (CALM: `n_samples` times, 2 or more); `positions`: no more than that many chunks of
-    a sequence, at random places, the same in a batch. `generator`: on the model's device. Returns {"brier": [4], "brier_se":
-    [4], "brier_lm", "brier_lm_se", "context", "positions"}; Brier-n are at most 1 in expectation, BrierLM at most 100, standard
-    errors NaN for a single sequence. Raises InputError for a text shorter than one context.
+    The text is cut into sequences of `context` tokens; the rest is left out. `positions` chunks of
+    each, evenly spaced (all, if None), are predicted from what is before them, `n_samples` times.
+    Context and positions are part of the score. Returns {"brier": [4], "brier_lm", "brier_lm_se",
+    "context", "positions"}; the standard error is NaN for a single sequence.
     """
     K = model.config.chunk_size
-    if context % K or context < K + 4:
-        raise InputError(f"the context of an evaluation must be a multiple of chunk_size {K} and at least {K + 4}, not {context}.")
-    if n_samples < 2 or (positions is not None and positions < 1):
-        raise InputError("an evaluation needs 2 samples and 1 position at least.")
-    if len(tokens) < context:
-        raise InputError(f"the text to evaluate has {len(tokens)} tokens, less than one context of {context}.")
+    assert context % K == 0, f"a context of {context} is not a whole number of chunks of {K}"
+    assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"
     device = next(model.parameters()).device
-    available = context // K - math.ceil(4 / K)  # chunks with 4 tokens or more after them
-    scores = []  # (4,) for each sequence: sequences are nearly independent pieces of text, the tokens in one are not
-    for batch in tokens[: len(tokens) // context * context].view(-1, context).split(batch_size):
-        at = torch.randperm(available, generator=generator, device=device)[:positions].sort().values
-        if isinstance(model, TransformerLM):
-            score = brier_by_likelihoods(model, batch.to(device), at, generator)
-        else:
-            score = brier_score_pairs(*draw_continuations(model, batch.to(device), at, n_samples, generator))
-        scores.append(score.mean(1).cpu())
+    last = context // K - math.ceil(4 / K)  # from here on, fewer than 4 tokens follow
+    at = list(range(0, last, math.ceil(last / (positions or last))))
+    sequences = tokens[: len(tokens) // context * context].view(-1, context)
+    scores = []
+    for batch in sequences.split(batch_size):
+        drawn, target = draw_continuations(model, batch.to(device), at, n_samples)
+        # All pairs of samples give an estimate; their mean is less noisy than any of them.
+        pairs = [brier_score(x1, x2, target) for x1, x2 in itertools.combinations(drawn, 2)]
+        scores.append(torch.stack(pairs).mean((0, 2)).cpu())  # (B, 4): a mean for each sequence
     scores = torch.cat(scores)
 
-    # The bootstrap: how much do the figures move when the sequences are drawn again, from themselves, with replacement?
-    draws = torch.randint(len(scores), (1000, len(scores)), generator=torch.Generator().manual_seed(0))
-    resampled = scores[draws].mean(1)  # (1000, 4)
-    resampled_lm = torch.tensor([brier_lm(b) for b in resampled])
-    known = 1.0 if len(scores) > 1 else math.nan  # one sequence says nothing of how much sequences differ
+    # The bootstrap: how much does the score vary when the sequences are drawn again, from
+    # themselves and with replacement? Sequences are nearly independent, tokens are not.
+    again = torch.randint(len(scores), (1000, len(scores)))
+    resampled = torch.tensor([brier_lm(brier) for brier in scores[again].mean(1)])
     return {
-        "brier": scores.mean(0).tolist(), "brier_se": (known * resampled.std(0)).tolist(),
-        "brier_lm": brier_lm(scores.mean(0)), "brier_lm_se": known * resampled_lm.std().item(),
-        "context": context, "positions": len(scores) * len(at),
-    }  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Compute
-
-
-def flops_per_token(config, autoencoder=None, draws=1):
-    """
-    (training, inference): floating-point operations per token of the model with that config: an AutoencoderConfig, a
-    TransformerConfig, or a CALMConfig with its AutoencoderConfig. Matrix products alone, as is usual; a multiply-add counts 2.
-
-    Training costs 3 forward passes except where noted, the backward pass being twice as long, in sequences of config.context
-    tokens. Inference is one step at the end of such a sequence, its chunk chosen from `draws` draws. Masked attention counts too.
-    """
-    c, K, d = config, config.chunk_size, config.hidden_size
-    if isinstance(c, AutoencoderConfig):
-        encoder, decoder = autoencoder_flops(c)
-        return 3 * (encoder + decoder) / K, (encoder + decoder) / K
-    steps = c.context // K - 1  # with something to predict
-    if isinstance(c, TransformerConfig):
-        forward = backbone_flops(c) + 2 * d * c.vocab_size
-        return 3 * forward * steps / c.context, forward
-    encoder, decoder = autoencoder_flops(autoencoder)
-    l, M, N = c.latent_size, c.n_targets, c.n_samples
-    once = 4 * (K + 1) * d * d + backbone_flops(c) + 2 * (1 + c.n_head_blocks) * d * d  # compression, Transformer, what h gives the head
-    noise_in = 2 * c.noise_size * d
-    draw = noise_in + (10 * c.n_head_blocks + 2) * d * d + 2 * d * l  # what each draw adds
-    loss = 2 * M * l + 2 * 2 * N * M * l + 3 * 2 * N * N * l  # norms of targets (no gradient), distances to them, between samples
-    training = 3 * (once + N * draw) - N * noise_in + loss + encoder  # no gradient for the noise, or in the encoder
-    return training * steps / c.context, (once + draws * (draw + decoder)) / K
-
-
-def backbone_flops(c):
-    """Floating-point operations per step of a forward pass: projections, attention to a full context, SwiGLU."""
-    return c.n_layers * (8 * c.hidden_size**2 + 4 * (c.context // c.chunk_size - 1) * c.hidden_size + 6 * c.hidden_size * c.intermediate_size)
-
-
-def autoencoder_flops(c):
-    """(encoder, decoder): floating-point operations per chunk of a forward pass, from an AutoencoderConfig."""
-    K, d, l = c.chunk_size, c.hidden_size, c.latent_size
-    block = 6 * d * c.intermediate_size * (K + 1) // 2  # half of the blocks see the K tokens apart, half the chunk
-    encoder = c.n_encoder_layers * block + 2 * K * d * d + 4 * d * l
-    return encoder, c.n_decoder_layers * block + 2 * l * d + 2 * K * d * d + 2 * K * d * c.vocab_size
+        "brier": scores.mean(0).tolist(),
+        "brier_lm": brier_lm(scores.mean(0)),
+        "brier_lm_se": resampled.std().item() if len(scores) > 1 else math.nan,
+        "context": context,
+        "positions": len(scores) * len(at),
+    }

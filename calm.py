@@ -1,13 +1,13 @@
 """
 CALM: a Transformer that predicts the next *vector*, and the score that judges it by samples alone.
 
-    tokens of chunk i --embed, compress--> one input --Transformer--> h_i --energy head--> z_{i+1}
-                                                                                              |
-                           tokens of chunk i+1  <--decoder of the frozen autoencoder----------+
+    tokens of chunk i --embed, compress--> one input --Transformer--> h --energy head--> z
+                                                                                         |
+                               tokens of chunk i+1 <--decoder of the frozen autoencoder--+
 
-A text of T tokens takes L = T / K steps. The file has four parts: the backbone, an ordinary
-LLaMA-style Transformer with a key/value cache; CALM; the discrete Transformer it is compared with;
-and BrierLM, the score that both can be given.
+A text of T tokens takes L = T / K steps. The file has four parts: the backbone, a LLaMA-style
+Transformer with a key/value cache; CALM; the discrete Transformer that it is compared with; and
+BrierLM, a score that both can be given.
 
 Letters: those of autoencoder.py (B, T, L, K, V, d, l, ...), H attention heads, n samples.
 """
@@ -40,8 +40,8 @@ class CALMConfig:
     n_heads: int = 16
     noise_size: int = 64  # of the energy head
     n_head_blocks: int = 4
-    n_samples: int = 8  # N, samples of the head for one position in the loss
-    n_targets: int = 100  # M, draws from the target's posterior in the loss
+    n_samples: int = 8  # N, samples of the head for a position in the loss
+    n_targets: int = 100  # M, draws from the posterior for a position in the loss
     alpha: float = 1.0  # exponent of the distances in the loss
     context: int = 8192  # tokens in a training sequence: 2048 steps
     rope_theta: float = 10_000.0
@@ -49,7 +49,7 @@ class CALMConfig:
 
 @dataclass
 class TransformerConfig:
-    """The discrete model that the paper compares with, Transformer-S (281 M parameters)."""
+    """The discrete model that the paper compares with: Transformer-S (281 M parameters)."""
 
     vocab_size: int
     hidden_size: int = 768
@@ -67,40 +67,34 @@ class TransformerConfig:
 
 class KVCache:
     """
-    Keys and values of the steps already taken, so that the next step need not compute them again.
-    To go back in time, set `length`: later steps are then forgotten when the next one is added.
+    The keys and values of the steps already taken, so that the next step need not compute them
+    again. To go back in time, set `length`: the next step then takes the place of what came after.
     """
 
     def __init__(self):
-        self.length = 0  # steps that count; the backbone adds to it
-        self.keys, self.values = {}, {}  # for each layer's number (B, H, steps, d/H)
+        self.length = 0  # steps in the cache; the backbone counts them
+        self.keys, self.values = {}, {}  # layer number -> (B, H, steps, d/H)
 
     def append(self, layer, k, v):
-        """Adds the keys and values of new steps (B, H, new, d/H); returns those of all steps."""
+        """Adds the keys and values of new steps, (B, H, new, d/H); returns those of all steps."""
         if self.length > 0:
             k = torch.cat([self.keys[layer][:, :, : self.length], k], dim=2)
             v = torch.cat([self.values[layer][:, :, : self.length], v], dim=2)
         self.keys[layer], self.values[layer] = k, v
         return k, v
 
-    def repeat(self, n):
-        """n copies of the batch, one behind the other: B becomes n · B."""
-        for layer in self.keys:
-            self.keys[layer] = self.keys[layer].repeat(n, 1, 1, 1)
-            self.values[layer] = self.values[layer].repeat(n, 1, 1, 1)
-
 
 def rotate(x, positions, theta):
     """
-    Rotary position embedding: turns the coordinates (j, j + half) of x (B, H, steps, size) by the
-    angle position · theta^(-j/half). Products of queries and keys then depend on *differences* of
-    positions. Pairs are half-split, as in the released code, not neighbours.
+    Rotary position embedding: turns each pair of coordinates (j, j + half) of x (B, H, steps, size)
+    by the angle position · theta^(-j/half). Products of queries and keys then depend on differences
+    of positions. The pairs are those of the released code; others pair neighbours.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
     angles = positions[:, None] * theta ** (-j / half)  # (steps, half)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)  # (B, H, steps, half) each
+    first, second = x.split(half, dim=-1)  # (B, H, steps, half) each
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
@@ -109,8 +103,8 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d = config.hidden_size
-        self.n_heads, self.theta = config.n_heads, config.rope_theta
+        d, self.H, self.theta = config.hidden_size, config.n_heads, config.rope_theta
+        assert d % (2 * self.H) == 0, f"hidden_size {d} must be a multiple of 2 · {self.H} heads"
         self.query = nn.Linear(d, d, bias=False)
         self.key = nn.Linear(d, d, bias=False)
         self.value = nn.Linear(d, d, bias=False)
@@ -118,15 +112,14 @@ class Attention(nn.Module):
 
     def forward(self, x, positions, cache, layer):
         B, steps, d = x.shape
-        q = self.query(x).view(B, steps, self.n_heads, -1).transpose(1, 2)  # (B, H, steps, d/H)
-        k = self.key(x).view(B, steps, self.n_heads, -1).transpose(1, 2)  # (B, H, steps, d/H)
-        v = self.value(x).view(B, steps, self.n_heads, -1).transpose(1, 2)  # (B, H, steps, d/H)
+        q = self.query(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
+        k = self.key(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
+        v = self.value(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
         q = rotate(q, positions, self.theta)
         k = rotate(k, positions, self.theta)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, H, all steps, d/H)
-        # A single new step may see everything: it needs no mask.
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=steps > 1)
+        k, v = cache.append(layer, k, v)  # (B, H, all steps, d/H)
+        # A single new step sees everything before it: it needs no mask.
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=steps > 1)  # (B, H, steps, d/H)
         return self.out(x.transpose(1, 2).reshape(B, steps, d))
 
 
@@ -142,35 +135,29 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, positions, cache, layer):
         x = x + self.attention(self.attention_norm(x), positions, cache, layer)
-        x = x + self.mlp(self.mlp_norm(x))
-        return x
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Backbone(nn.Module):
     """
-    The Transformer between inputs and hidden states: (B, steps, d) -> (B, steps, d). It need not
-    know what a step is. With a cache it goes on after the steps in it, one step at a time; an empty
-    cache takes any number.                              (released code: its `LlamaModel`)
+    The Transformer between inputs and hidden states, (B, steps, d) -> (B, steps, d). It need not
+    know what a step is. Given a cache, it goes on after the steps in it, with one step at a time.
     """
 
     def __init__(self, config):
         super().__init__()
-        assert config.hidden_size % (2 * config.n_heads) == 0, (
-            f"hidden_size {config.hidden_size} must be a multiple of 2 · n_heads {config.n_heads}"
-        )
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
 
     def forward(self, x, cache=None):
-        past, steps = 0, x.shape[1]
-        if cache is not None:
-            past = cache.length
-            assert past == 0 or steps == 1, "after a beginning, a cache takes one step at a time"
-        positions = torch.arange(past, past + steps, device=x.device)
+        if cache is None:
+            cache = KVCache()
+        steps = x.shape[1]
+        assert cache.length == 0 or steps == 1, "only an empty cache takes several steps at once"
+        positions = torch.arange(cache.length, cache.length + steps, device=x.device)
         for layer, block in enumerate(self.blocks):
             x = block(x, positions, cache, layer)
-        if cache is not None:
-            cache.length += steps
+        cache.length += steps
         return self.norm(x)
 
 
@@ -180,12 +167,11 @@ class Backbone(nn.Module):
 
 class CALM(nn.Module):
     """
-    The continuous autoregressive language model       (paper, section 3; released: `EnergyTransformer`)
-    The autoencoder is frozen, so that the target stands still.
+    The continuous autoregressive language model.   (paper, section 3; released `EnergyTransformer`)
+    Its autoencoder is frozen, so that the target stands still.
     """
 
-    # Parts of names in the released checkpoints, and what they are called here.
-    RELEASED_NAMES = [
+    RELEASED_NAMES = [  # parts of names in the released checkpoints, and what they are called here
         ("generative_head.", "head."), ("mlp_generator.", "head."),  # the head, saved twice
         ("noise_embd", "noise_in"), ("norm_noise", "noise_norm"), ("hidden_embd", "hidden_in"),
         ("norm_hidden", "hidden_norm"), ("mlp_blocks", "blocks"), ("in_ln", "norm"),
@@ -202,7 +188,7 @@ class CALM(nn.Module):
         super().__init__()
         for name in ("vocab_size", "chunk_size", "latent_size"):
             ours, theirs = getattr(config, name), getattr(autoencoder.config, name)
-            assert ours == theirs, f"CALM has {name} {ours}, its autoencoder {theirs}: make them equal"
+            assert ours == theirs, f"CALM has {name} {ours}, but its autoencoder has {theirs}"
         self.config = config
         d, K = config.hidden_size, config.chunk_size
         self.embedding = nn.Embedding(config.vocab_size, d)
@@ -224,20 +210,19 @@ class CALM(nn.Module):
         fields = ("vocab_size patch_size latent_size hidden_size intermediate_size "
                   "num_hidden_layers num_attention_heads noise_size num_mlp_layers")  # fmt: skip
         config = CALMConfig(*[released[field] for field in fields.split()])
-        config.context = released["max_position_embeddings"] * config.chunk_size  # theirs: in chunks
+        config.context = released["max_position_embeddings"] * config.chunk_size  # in tokens
         config.rope_theta = released["rope_theta"]
         weights = released_weights(folder, cls.RELEASED_NAMES)
         if autoencoder is None:
-            # The folder does not say the sizes of its copy, but the weights do.
-            d = weights["autoencoder.squeeze.weight"].shape[0]
-            inner = weights["autoencoder.encoder_blocks.0.mlp.gate.weight"].shape[0]
+            # The folder does not name the sizes of its copy, but the weights have them.
+            inner, d = weights["autoencoder.encoder_blocks.0.mlp.gate.weight"].shape
             sizes = (config.vocab_size, config.chunk_size, config.latent_size, d, inner)
             with torch.device("meta"):
                 autoencoder = Autoencoder(AutoencoderConfig(*sizes))
-        else:
-            for name, tensor in autoencoder.state_dict().items():
+        for name, tensor in autoencoder.state_dict().items():
+            if not tensor.is_meta:
                 weights["autoencoder." + name] = tensor
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without memory: the weights are then put in place
             model = cls(config, autoencoder)
         model.load_state_dict(weights, assign=True)
         return model.eval()
@@ -257,8 +242,8 @@ class CALM(nn.Module):
     def compress(self, tokens):
         """
         The inputs of the backbone, the K embeddings of a chunk made one: (B, T) -> (B, L, d).
-        They are made of *tokens*: a generated vector is decoded first, so that its small errors do
-        not pile up from step to step. Latents as inputs were worse (paper, section 3).
+        Inputs are *tokens*: a generated vector is decoded first, so that its small errors do not
+        pile up from step to step. Latents as inputs were worse (paper, section 3).
         """
         x = self.embedding(self.chunks(tokens))  # (B, L, K, d)
         return self.compression(x.flatten(-2))
@@ -273,11 +258,10 @@ class CALM(nn.Module):
         Chunk 0 has no history and is only read. Every other chunk is a target.
         """
         c = self.config
-        # What the Transformer says after each chunk but the last.
+        # After each chunk but the last, N draws of the next chunk's vector.
         hidden = self.hidden_states(tokens[:, : -c.chunk_size])  # (B, L-1, d)
-        # N draws of the next chunk's vector.
         samples = self.head.sample(hidden, c.n_samples)  # (N, B, L-1, l)
-        # The vectors that the text has there: the frozen encoder's posterior.
+        # The target is what the frozen encoder says of the chunk that is really there.
         with torch.no_grad():
             mean, log_std = self.autoencoder.encode(self.chunks(tokens)[:, 1:])  # (B, L-1, l)
         loss, fidelity, diversity = energy_loss(samples, mean, log_std, c.n_targets, c.alpha)
@@ -286,8 +270,8 @@ class CALM(nn.Module):
     @torch.no_grad()
     def draw_chunks(self, hidden, n, generator=None):
         """
-        n independent draws of the next chunk: hidden (..., d) -> (n, ..., K) int. All randomness is
-        in the vector; each token is the most probable one for it (paper, section 3).
+        n independent draws of the next chunk: hidden (..., d) -> (n, ..., K) int. The vector is
+        random; its tokens are not, each is the most probable one (paper, section 3).
         """
         latents = self.head.sample(hidden, n, generator)  # (n, ..., l)
         # Some at a time: the logits of 512 chunks over 128 000 tokens take 1 GB.
@@ -335,10 +319,10 @@ class TransformerLM(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # BrierLM                                                                        (paper, section 4)
 #
-# The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2. For y ~ Q its mean is
-# sum_x Q(x)^2 - sum_x (P(x) - Q(x))^2: it is largest at P = Q. Samples estimate both terms without
-# bias: P(y) is how often a draw hits y, and sum_x P(x)^2 is how often two draws agree. For Brier-n
-# the outcome is the next n tokens; all of them must agree.
+# The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2. For y ~ Q its mean
+# is sum_x Q(x)^2 - sum_x (P(x) - Q(x))^2: it is largest at P = Q. Samples estimate both terms
+# without bias: P(y) is how often a draw is y, and sum_x P(x)^2 is how often two draws are equal.
+# The outcome of Brier-n is the next n tokens, which must agree all together.
 
 
 def prefix_matches(first, second):
@@ -369,30 +353,29 @@ def brier_lm(brier):
 
 def draw_continuations(model, tokens, at, n):
     """
-    n continuations of at least 4 tokens after each of the chunks `at` (a list of P places in
-    increasing order), and the text's own: tokens (B, T)  ->  (n, B, P, >= 4), (B, P, >= 4).
+    n continuations of at least 4 tokens after each of the chunks `at`, a list of P places, and what
+    the text has there: tokens (B, T)  ->  (n, B, P, >= 4), (B, P, >= 4).
     """
     B, K = len(tokens), model.config.chunk_size
     n_chunks = math.ceil(4 / K)
     target = torch.stack([tokens[:, (i + 1) * K : (i + 1 + n_chunks) * K] for i in at], dim=1)
-    cache = KVCache()
-    hidden = model.hidden_states(tokens, cache)  # (B, L, d)
     if n_chunks == 1:
+        hidden = model.hidden_states(tokens)  # (B, L, d)
         return model.draw_chunks(hidden[:, at], n), target
 
-    # For K < 4, one place after the other. The last comes first: to go back from a continuation to
-    # an earlier place, the cache only has to be shortened.
-    cache.repeat(n)
+    # For K < 4 a continuation takes several steps. Take one place after the other, the last first:
+    # then the cache only has to be shortened, to go back from a continuation to the next place.
+    cache = KVCache()
+    hidden = model.hidden_states(tokens.repeat(n, 1), cache)  # (n·B, L, d)
     drawn = []
     for i in reversed(at):
         cache.length = i + 1
-        chunk = model.draw_chunks(hidden[:, i], n)  # (n, B, K)
-        chunks = [chunk]
-        for _ in range(n_chunks - 1):
-            last = model.hidden_states(chunk.reshape(n * B, K), cache)  # (n·B, 1, d)
-            chunk = model.draw_chunks(last[:, 0], 1).view(n, B, K)
+        h, chunks = hidden[:, i], []
+        for _ in range(n_chunks):
+            chunk = model.draw_chunks(h, 1)[0]  # (n·B, K)
             chunks.append(chunk)
-        drawn.append(torch.cat(chunks, dim=-1))
+            h = model.hidden_states(chunk, cache)[:, 0]  # (n·B, d)
+        drawn.append(torch.cat(chunks, dim=-1).view(n, B, -1))
     return torch.stack(drawn[::-1], dim=2), target
 
 
@@ -401,34 +384,33 @@ def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samp
     """
     Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, tokens (T,) int.
 
-    The text is cut into sequences of `context` tokens; the rest is left out. `positions` chunks of
-    each, evenly spaced (all, if None), are predicted from what is before them, `n_samples` times.
-    Context and positions are part of the score. Returns {"brier": [4], "brier_lm", "brier_lm_se",
-    "context", "positions"}; the standard error is NaN for a single sequence.
+    The text is cut into sequences of `context` tokens. Of each, at most `positions` chunks, evenly
+    spaced, are predicted `n_samples` times from what is before them. All this is part of the score:
+    without it, the number says nothing. Returns {"brier": [4], "brier_lm", "brier_lm_se" (its
+    standard error), "context", "positions"}.
     """
     K = model.config.chunk_size
-    assert context % K == 0, f"a context of {context} is not a whole number of chunks of {K}"
+    assert context % K == 0, f"a context of {context} tokens is not a whole number of chunks of {K}"
     assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"
     device = next(model.parameters()).device
-    last = context // K - math.ceil(4 / K)  # from here on, fewer than 4 tokens follow
-    at = list(range(0, last, math.ceil(last / (positions or last))))
+    n_places = context // K - math.ceil(4 / K)  # chunks with at least 4 tokens behind them
+    at = list(range(0, n_places, math.ceil(n_places / (positions or n_places))))
     sequences = tokens[: len(tokens) // context * context].view(-1, context)
     scores = []
     for batch in sequences.split(batch_size):
         drawn, target = draw_continuations(model, batch.to(device), at, n_samples)
-        # All pairs of samples give an estimate; their mean is less noisy than any of them.
+        # Each pair of samples gives an estimate; the mean over pairs is less noisy.
         pairs = [brier_score(x1, x2, target) for x1, x2 in itertools.combinations(drawn, 2)]
-        scores.append(torch.stack(pairs).mean((0, 2)).cpu())  # (B, 4): a mean for each sequence
+        scores.append(torch.stack(pairs).mean((0, 2)).cpu())  # (B, 4), by sequence
     scores = torch.cat(scores)
 
-    # The bootstrap: how much does the score vary when the sequences are drawn again, from
-    # themselves and with replacement? Sequences are nearly independent, tokens are not.
+    # The bootstrap: how much does the score vary over sequences drawn from these, with replacement?
     again = torch.randint(len(scores), (1000, len(scores)))
     resampled = torch.tensor([brier_lm(brier) for brier in scores[again].mean(1)])
     return {
         "brier": scores.mean(0).tolist(),
         "brier_lm": brier_lm(scores.mean(0)),
-        "brier_lm_se": resampled.std().item() if len(scores) > 1 else math.nan,
+        "brier_lm_se": resampled.std().item(),
         "context": context,
         "positions": len(scores) * len(at),
     }

@@ -1,9 +1,7 @@
-"""
-The autoencoder: K tokens into one vector, and back.                       (CALM paper, section 2)
+"""The autoencoder: K tokens into one vector, and back.                       (CALM paper, section 2)
 
-CALM takes one step for a *chunk* of K tokens, so a vector must stand for a chunk. It must be exact:
-the K tokens come back. And it must be robust: the vectors that the language model predicts are
-always slightly wrong, and a slightly wrong vector must still give the same tokens.
+CALM takes one step for a *chunk* of K tokens, for which a vector stands. It must be exact: the K
+tokens come back. And robust: the vectors that a language model predicts are always a bit wrong.
 
     tokens (K)  --encode-->  posterior N(mean, std^2)  --draw-->  z (l)  --decode-->  logits (K, V)
 
@@ -21,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-NORM_EPS = 1e-6  # of every RMSNorm and LayerNorm, as in the released code
+NORM_EPS = 1e-6  # of every RMSNorm and LayerNorm, as released
 
 
 @dataclass
@@ -41,20 +39,18 @@ class AutoencoderConfig:
 
 
 def kl_divergence(mean, log_std, floor=0.0):
-    """
-    KL( N(mean, std^2) || N(0, I) ) in nats: mean, log_std (..., l)  ->  (...).
-    Each dimension's share is at least `floor` ("KL clipping", paper section 2). Below the floor a
-    dimension is not pulled further towards the prior N(0, 1), where it would carry no information.
+    """KL( N(mean, std^2) || N(0, I) ) in nats: mean, log_std (..., l)  ->  (...). Each dimension's
+    share is at least `floor` ("KL clipping", paper section 2). Below the floor a dimension is not
+    pulled further towards the prior N(0, 1), where it would carry no information.
     """
     per_dimension = 0.5 * (mean**2 + torch.exp(2 * log_std) - 1 - 2 * log_std)  # (..., l)
     return per_dimension.clamp_min(floor).sum(-1)
 
 
 def init_by_width(module):
-    """
-    For `module.apply`: linear maps start with std 1/sqrt(fan-in), embeddings with std 1, which keeps
-    the size of a signal at any width. The released code starts both with std 0.02 = 1/sqrt(2500):
-    for a linear map of width 128 that is four times too small, and signals fade.
+    """For `module.apply`: linear maps start with std 1/sqrt(fan-in), embeddings with std 1. That keeps
+    the size of a signal at any width. The released code has std 0.02 = 1/sqrt(2500) for both: at
+    width 128 four times too little, so that signals fade.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -71,12 +67,12 @@ def released_weights(folder, names):
         released |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     for file in Path(folder).glob("*.safetensors"):
         from safetensors.torch import load_file  # the one format that needs this package
-
         released |= load_file(file)
     for name, tensor in released.items():
         for theirs, ours in names:
             name = name.replace(theirs, ours)
         weights[name] = tensor
+    assert weights, f"{folder} holds neither pytorch_model*.bin nor *.safetensors"
     return weights
 
 
@@ -94,7 +90,10 @@ class SwiGLU(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + SwiGLU(RMSNorm(x)): (..., d) -> (..., d). No attention: positions stay apart."""
+    """x + SwiGLU(RMSNorm(x)): (..., d) -> (..., d)."""
+
+    # No attention: with it the autoencoder's loss was slightly lower, and the language model worse
+    # (the authors, in issue 5 of their repository).
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
@@ -106,11 +105,7 @@ class ResidualBlock(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """
-    Codes each chunk on its own.              (paper, section 2; in the released code `Autoencoder`)
-    Attention between chunks lowered the autoencoder's loss slightly, and made the language model
-    worse (issue 5 of the authors' repository).
-    """
+    """Codes each chunk on its own.    (paper, section 2; in the released code `Autoencoder`)"""
 
     RELEASED_NAMES = [  # parts of names in the released checkpoints, and what they are called here
         ("encoder.embed_tokens", "embedding"), ("decoder.lm_head_weight", "embedding.weight"),
@@ -136,17 +131,16 @@ class Autoencoder(nn.Module):
         self.expand = nn.Linear(d, K * d)
         self.decoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.apply(init_by_width)
-        # The embedding is also the un-embedding, a linear map of fan-in d: it starts as one.
-        nn.init.normal_(self.embedding.weight, std=d**-0.5)
+        nn.init.normal_(self.embedding.weight, std=d**-0.5)  # it is the un-embedding, too
 
     @classmethod
     def from_pretrained(cls, folder):
         """The autoencoder in a folder of the released layout, in evaluation mode."""
         released = json.loads(Path(folder, "config.json").read_text())
-        fields = ("vocab_size patch_size latent_size hidden_size intermediate_size "
-                  "num_encoder_layers num_decoder_layers")  # fmt: skip
+        fields = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
+                  "num_encoder_layers", "num_decoder_layers")
         with torch.device("meta"):  # shapes without memory: the weights are then put in place
-            model = cls(AutoencoderConfig(*[released[field] for field in fields.split()]))
+            model = cls(AutoencoderConfig(*[released[field] for field in fields]))
         model.load_state_dict(released_weights(folder, cls.RELEASED_NAMES), assign=True)
         return model.eval()
 
@@ -171,29 +165,23 @@ class Autoencoder(nn.Module):
         return F.linear(self.decoder_norm(x), self.embedding.weight)
 
     def forward(self, tokens):
-        """
-        tokens (..., K) int  ->  loss (a scalar, nats per chunk), metrics (a dict of scalars).
-        loss = K · CE(decoder(damaged z), tokens) + beta · KL                  (paper, section 2)
-        In evaluation nothing is damaged, and z is the posterior's mean.
+        """tokens (..., K) int  ->  loss (nats per chunk), metrics: scalars.      (paper, section 2)
+        loss = K · CE(decoder(damaged z), tokens) + beta · KL. In evaluation, z is the mean.
         """
         c, inputs = self.config, tokens
-        if self.training:
-            # DropToken: a lost token becomes id 0, and must be guessed from the others.
+        if self.training:  # DropToken: a lost token becomes id 0, and is guessed from the others
             lost = torch.rand(tokens.shape, device=tokens.device) < c.dropout
             inputs = tokens.masked_fill(lost, 0)
         mean, log_std = self.encode(inputs)  # (..., l) each
         z = mean
-        if self.training:
-            # A draw from the posterior: the decoder must be right in a whole neighbourhood.
+        if self.training:  # the decoder must be right in a whole neighbourhood …
             z = mean + log_std.exp() * torch.randn_like(mean)
-            # Dropout of coordinates: no token may hang on a single one.
-            z = F.dropout(z, c.dropout)
+            z = F.dropout(z, c.dropout)  # … and no token may hang on a single coordinate
         logits = self.decode(z).float()  # (..., K, V)
 
-        # Cross-entropy is a mean over tokens: a chunk's is K times that.
+        # Cross-entropy is a mean over tokens: K times that is the loss of a chunk.
         reconstruction = c.chunk_size * F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
         kl = kl_divergence(mean.float(), log_std.float(), c.kl_floor).mean()
         loss = reconstruction + c.kl_weight * kl
-        accuracy = (logits.argmax(-1) == tokens).float().mean()
-        metrics = {"reconstruction": reconstruction, "kl": kl, "accuracy": accuracy}
-        return loss, {name: value.detach() for name, value in metrics.items()}
+        metrics = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+        return loss, metrics | {"accuracy": (logits.argmax(-1) == tokens).float().mean()}

@@ -1,15 +1,11 @@
-"""
-CALM: a Transformer that predicts the next *vector*, and the score that judges it by samples alone.
+"""CALM: a Transformer that predicts the next *vector*, and the score that judges it by samples alone.
 
     tokens of chunk i --embed, compress--> one input --Transformer--> h --energy head--> z
                                                                                          |
                                tokens of chunk i+1 <--decoder of the frozen autoencoder--+
 
-A text of T tokens takes L = T / K steps. The file has four parts: the backbone, a LLaMA-style
-Transformer with a key/value cache; CALM; the discrete Transformer that it is compared with; and
-BrierLM, a score that both can be given.
-
-Letters: those of autoencoder.py (B, T, L, K, V, d, l, ...), H attention heads, n samples.
+In this order: the backbone, a LLaMA-style Transformer; CALM; the discrete Transformer it compares
+with; BrierLM, a score for both. Letters: those of autoencoder.py, H attention heads, n samples.
 """
 
 import itertools
@@ -25,6 +21,8 @@ import torch.nn.functional as F
 from autoencoder import NORM_EPS, Autoencoder, AutoencoderConfig, SwiGLU
 from autoencoder import init_by_width, released_weights
 from energy_head import EnergyHead, energy_loss
+
+ROPE_THETA = 10_000.0  # base of the rotary position embedding, as in the released models
 
 
 @dataclass
@@ -44,7 +42,6 @@ class CALMConfig:
     n_targets: int = 100  # M, draws from the posterior for a position in the loss
     alpha: float = 1.0  # exponent of the distances in the loss
     context: int = 8192  # tokens in a training sequence: 2048 steps
-    rope_theta: float = 10_000.0
 
 
 @dataclass
@@ -57,18 +54,15 @@ class TransformerConfig:
     n_layers: int = 12
     n_heads: int = 16
     context: int = 2048
-    rope_theta: float = 10_000.0
     chunk_size = 1  # not a field: a step is always one token
 
 
-# -------------------------------------------------------------------------------------------------
-# The backbone
+# -------------------- The backbone
 
 
 class KVCache:
-    """
-    The keys and values of the steps already taken, so that the next step need not compute them
-    again. To go back in time, set `length`: the next step then takes the place of what came after.
+    """Keys and values of the steps already taken: the next step need not compute them again. To go
+    back in time, set `length`: the next step then takes the place of what came after.
     """
 
     def __init__(self):
@@ -84,15 +78,13 @@ class KVCache:
         return k, v
 
 
-def rotate(x, positions, theta):
-    """
-    Rotary position embedding: turns each pair of coordinates (j, j + half) of x (B, H, steps, size)
-    by the angle position · theta^(-j/half). Products of queries and keys then depend on differences
-    of positions. The pairs are those of the released code; others pair neighbours.
+def rotate(x, positions):
+    """Rotary position embedding: turns the coordinates j and j + half of x (B, H, steps, size) by the
+    angle position · theta^(-j / half): q·k then depends on the difference of two positions.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
-    angles = positions[:, None] * theta ** (-j / half)  # (steps, half)
+    angles = positions[:, None] * ROPE_THETA ** (-j / half)  # (steps, half)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.split(half, dim=-1)  # (B, H, steps, half) each
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -103,7 +95,7 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, self.H, self.theta = config.hidden_size, config.n_heads, config.rope_theta
+        d, self.H = config.hidden_size, config.n_heads
         assert d % (2 * self.H) == 0, f"hidden_size {d} must be a multiple of 2 · {self.H} heads"
         self.query = nn.Linear(d, d, bias=False)
         self.key = nn.Linear(d, d, bias=False)
@@ -115,8 +107,8 @@ class Attention(nn.Module):
         q = self.query(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
         k = self.key(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
         v = self.value(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
-        q = rotate(q, positions, self.theta)
-        k = rotate(k, positions, self.theta)
+        q = rotate(q, positions)
+        k = rotate(k, positions)
         k, v = cache.append(layer, k, v)  # (B, H, all steps, d/H)
         # A single new step sees everything before it: it needs no mask.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=steps > 1)  # (B, H, steps, d/H)
@@ -139,9 +131,8 @@ class TransformerBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """
-    The Transformer between inputs and hidden states, (B, steps, d) -> (B, steps, d). It need not
-    know what a step is. Given a cache, it goes on after the steps in it, with one step at a time.
+    """The Transformer between inputs and hidden states, (B, steps, d) -> (B, steps, d). A step may be
+    a chunk or a token. Given a cache, it goes on after the steps in it, one at a time.
     """
 
     def __init__(self, config):
@@ -161,15 +152,11 @@ class Backbone(nn.Module):
         return self.norm(x)
 
 
-# -------------------------------------------------------------------------------------------------
-# CALM
+# -------------------- CALM
 
 
 class CALM(nn.Module):
-    """
-    The continuous autoregressive language model.   (paper, section 3; released `EnergyTransformer`)
-    Its autoencoder is frozen, so that the target stands still.
-    """
+    """A Transformer that predicts vectors.     (paper, section 3; released: `EnergyTransformer`)"""
 
     RELEASED_NAMES = [  # parts of names in the released checkpoints, and what they are called here
         ("generative_head.", "head."), ("mlp_generator.", "head."),  # the head, saved twice
@@ -186,11 +173,11 @@ class CALM(nn.Module):
 
     def __init__(self, config, autoencoder):
         super().__init__()
+        self.config = config
+        d, K = config.hidden_size, config.chunk_size
         for name in ("vocab_size", "chunk_size", "latent_size"):
             ours, theirs = getattr(config, name), getattr(autoencoder.config, name)
             assert ours == theirs, f"CALM has {name} {ours}, but its autoencoder has {theirs}"
-        self.config = config
-        d, K = config.hidden_size, config.chunk_size
         self.embedding = nn.Embedding(config.vocab_size, d)
         self.compression = nn.Sequential(
             nn.Linear(K * d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d), nn.LayerNorm(d, eps=NORM_EPS)
@@ -198,65 +185,49 @@ class CALM(nn.Module):
         self.backbone = Backbone(config)
         self.apply(init_by_width)  # the head and the autoencoder, below, have starts of their own
         self.head = EnergyHead(d, config.latent_size, config.noise_size, config.n_head_blocks)
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.autoencoder = autoencoder.eval().requires_grad_(False)  # the target stands still
 
     @classmethod
     def from_pretrained(cls, folder, autoencoder=None):
-        """
-        The model in a folder of the released layout, in evaluation mode. Its autoencoder is the
-        frozen copy that lies there too, unless another is given.
+        """The model in a folder of the released layout, in evaluation mode. It comes with the copy of
+        its autoencoder that lies there, unless another is given.
         """
         released = json.loads(Path(folder, "config.json").read_text())
-        fields = ("vocab_size patch_size latent_size hidden_size intermediate_size "
-                  "num_hidden_layers num_attention_heads noise_size num_mlp_layers")  # fmt: skip
-        config = CALMConfig(*[released[field] for field in fields.split()])
+        fields = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
+                  "num_hidden_layers", "num_attention_heads", "noise_size", "num_mlp_layers")
+        config = CALMConfig(*[released[field] for field in fields])
         config.context = released["max_position_embeddings"] * config.chunk_size  # in tokens
-        config.rope_theta = released["rope_theta"]
         weights = released_weights(folder, cls.RELEASED_NAMES)
-        if autoencoder is None:
-            # The folder does not name the sizes of its copy, but the weights have them.
-            inner, d = weights["autoencoder.encoder_blocks.0.mlp.gate.weight"].shape
-            sizes = (config.vocab_size, config.chunk_size, config.latent_size, d, inner)
-            with torch.device("meta"):
-                autoencoder = Autoencoder(AutoencoderConfig(*sizes))
-        for name, tensor in autoencoder.state_dict().items():
-            if not tensor.is_meta:
-                weights["autoencoder." + name] = tensor
+        # The folder does not name the sizes of its autoencoder, but the weights have them.
+        inner, d = weights["autoencoder.encoder_blocks.0.mlp.gate.weight"].shape
+        sizes = (config.vocab_size, config.chunk_size, config.latent_size, d, inner)
         with torch.device("meta"):  # shapes without memory: the weights are then put in place
-            model = cls(config, autoencoder)
+            model = cls(config, Autoencoder(AutoencoderConfig(*sizes)))
         model.load_state_dict(weights, assign=True)
+        if autoencoder is not None:
+            assert autoencoder.config == model.autoencoder.config, "the autoencoder does not fit"
+            model.autoencoder = autoencoder.requires_grad_(False)
         return model.eval()
-
-    def train(self, mode=True):
-        """As for every module, but the frozen autoencoder stays in evaluation mode."""
-        super().train(mode)
-        self.autoencoder.eval()
-        return self
 
     def chunks(self, tokens):
         """(B, T) -> (B, L, K)."""
-        K, T = self.config.chunk_size, tokens.shape[1]
-        assert T % K == 0, f"{T} tokens are not a whole number of chunks of {K}"
-        return tokens.unflatten(1, (T // K, K))
+        K = self.config.chunk_size
+        assert tokens.shape[1] % K == 0, f"the tokens are not a whole number of chunks of {K}"
+        return tokens.unflatten(1, (-1, K))
 
     def compress(self, tokens):
-        """
-        The inputs of the backbone, the K embeddings of a chunk made one: (B, T) -> (B, L, d).
-        Inputs are *tokens*: a generated vector is decoded first, so that its small errors do not
-        pile up from step to step. Latents as inputs were worse (paper, section 3).
-        """
-        x = self.embedding(self.chunks(tokens))  # (B, L, K, d)
-        return self.compression(x.flatten(-2))
+        """(B, T) -> (B, L, d): the K embeddings of each chunk made one, the backbone's input."""
+        # Tokens, not latents: a generated vector is decoded first, so that small errors do not pile
+        # up from step to step. Latents as inputs were worse (paper, section 3).
+        x = self.embedding(self.chunks(tokens)).flatten(-2)  # (B, L, K·d)
+        return self.compression(x)
 
     def hidden_states(self, tokens, cache=None):
         """(B, T) -> (B, L, d): the state at chunk i has seen chunks 0 … i and predicts i+1."""
         return self.backbone(self.compress(tokens), cache)
 
     def forward(self, tokens):
-        """
-        tokens (B, T)  ->  loss (a scalar), metrics (fidelity and diversity, scalars).
-        Chunk 0 has no history and is only read. Every other chunk is a target.
-        """
+        """tokens (B, T)  ->  loss, metrics: scalars. Every chunk but the first is a target."""
         c = self.config
         # After each chunk but the last, N draws of the next chunk's vector.
         hidden = self.hidden_states(tokens[:, : -c.chunk_size])  # (B, L-1, d)
@@ -269,26 +240,20 @@ class CALM(nn.Module):
 
     @torch.no_grad()
     def draw_chunks(self, hidden, n, generator=None):
-        """
-        n independent draws of the next chunk: hidden (..., d) -> (n, ..., K) int. The vector is
-        random; its tokens are not, each is the most probable one (paper, section 3).
+        """n independent draws of the next chunk: hidden (..., d) -> (n, ..., K) int. All randomness is
+        in the vector: each token is the most probable one for it (paper, section 3).
         """
         latents = self.head.sample(hidden, n, generator)  # (n, ..., l)
-        # Some at a time: the logits of 512 chunks over 128 000 tokens take 1 GB.
-        parts = latents.flatten(0, -2).split(512)
+        parts = latents.flatten(0, -2).split(512)  # logits of 512 chunks of Llama 3 take 1 GB
         tokens = torch.cat([self.autoencoder.decode(part).argmax(-1) for part in parts])
         return tokens.view(*latents.shape[:-1], -1)
 
 
-# -------------------------------------------------------------------------------------------------
-# The discrete Transformer, for comparison
+# -------------------- The discrete Transformer, for comparison
 
 
 class TransformerLM(nn.Module):
-    """
-    The ordinary language model on the same backbone: one token a step, a softmax, cross-entropy.
-    Its methods have the shapes of CALM's with K = 1: what draws from CALM can draw from it.
-    """
+    """The ordinary language model on the same backbone. Its methods are CALM's with K = 1."""
 
     def __init__(self, config):
         super().__init__()
@@ -316,8 +281,7 @@ class TransformerLM(nn.Module):
         return draws.T.reshape(n, *hidden.shape[:-1], 1)
 
 
-# -------------------------------------------------------------------------------------------------
-# BrierLM                                                                        (paper, section 4)
+# -------------------- BrierLM    (paper, section 4)
 #
 # The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2. For y ~ Q its mean
 # is sum_x Q(x)^2 - sum_x (P(x) - Q(x))^2: it is largest at P = Q. Samples estimate both terms
@@ -327,34 +291,28 @@ class TransformerLM(nn.Module):
 
 def prefix_matches(first, second):
     """Do the first n tokens agree, n = 1 … 4?  (..., K) each -> (..., min(K, 4)), 1.0 or 0.0."""
-    same = (first == second)[..., :4].float()
-    return same.cumprod(-1)  # 1 up to the first difference, 0 from there on
+    return (first == second)[..., :4].float().cumprod(-1)  # 0 from the first difference on
 
 
 def brier_score(first, second, target):
-    """
-    The unbiased two-sample estimate of Brier-n for n = 1 … min(K, 4).
-    first and second (independent samples) and target, (..., K) int  ->  (..., min(K, 4)) float.
+    """The unbiased two-sample estimate of Brier-n, for n = 1 … min(K, 4): independent samples first
+    and second, and target, each (..., K) int  ->  (..., min(K, 4)) float.
     """
     hits = prefix_matches(first, target) + prefix_matches(second, target)
-    collisions = prefix_matches(first, second)
-    return hits - collisions
+    return hits - prefix_matches(first, second)
 
 
 def brier_lm(brier):
-    """
-    BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4): four numbers -> float.
-    Each factor is floored at 0. The released code floors only their product, which four negative
-    estimates make positive: a model that has learnt nothing then has a score.
-    """
+    """BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4): four numbers -> float."""
+    # Each factor is floored at 0. The released code floors the product, which is positive for four
+    # negative estimates: a model that has learnt nothing then has a score.
     factors = [max(float(b), 0.0) for b in brier]
-    return 100 * math.prod(factors) ** 0.25
+    return 100 * math.prod(factors) ** (1 / 4)
 
 
 def draw_continuations(model, tokens, at, n):
-    """
-    n continuations of at least 4 tokens after each of the chunks `at`, a list of P places, and what
-    the text has there: tokens (B, T)  ->  (n, B, P, >= 4), (B, P, >= 4).
+    """n continuations of at least 4 tokens after each of the chunks `at`, a list of P places, and the
+    text's own: tokens (B, T)  ->  (n, B, P, >= 4), (B, P, >= 4).
     """
     B, K = len(tokens), model.config.chunk_size
     n_chunks = math.ceil(4 / K)
@@ -363,8 +321,8 @@ def draw_continuations(model, tokens, at, n):
         hidden = model.hidden_states(tokens)  # (B, L, d)
         return model.draw_chunks(hidden[:, at], n), target
 
-    # For K < 4 a continuation takes several steps. Take one place after the other, the last first:
-    # then the cache only has to be shortened, to go back from a continuation to the next place.
+    # For K < 4 a continuation takes several steps, one place after the other. The last place comes
+    # first: to go on at an earlier one, the cache only has to be shortened.
     cache = KVCache()
     hidden = model.hidden_states(tokens.repeat(n, 1), cache)  # (n·B, L, d)
     drawn = []
@@ -381,16 +339,13 @@ def draw_continuations(model, tokens, at, n):
 
 @torch.no_grad()
 def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samples=4):
-    """
-    Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, tokens (T,) int.
+    """Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, tokens (T,) int.
 
-    The text is cut into sequences of `context` tokens. Of each, at most `positions` chunks, evenly
-    spaced, are predicted `n_samples` times from what is before them. All this is part of the score:
-    without it, the number says nothing. Returns {"brier": [4], "brier_lm", "brier_lm_se" (its
-    standard error), "context", "positions"}.
+    The text is cut into sequences of `context` tokens. At most `positions` chunks of each, evenly
+    spaced, are predicted `n_samples` times from what is before them. Returns {"brier": [4],
+    "brier_lm", "brier_lm_se" (standard error), "context", "positions"}: all part of the score.
     """
     K = model.config.chunk_size
-    assert context % K == 0, f"a context of {context} tokens is not a whole number of chunks of {K}"
     assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"
     device = next(model.parameters()).device
     n_places = context // K - math.ceil(4 / K)  # chunks with at least 4 tokens behind them
@@ -407,10 +362,6 @@ def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samp
     # The bootstrap: how much does the score vary over sequences drawn from these, with replacement?
     again = torch.randint(len(scores), (1000, len(scores)))
     resampled = torch.tensor([brier_lm(brier) for brier in scores[again].mean(1)])
-    return {
-        "brier": scores.mean(0).tolist(),
-        "brier_lm": brier_lm(scores.mean(0)),
-        "brier_lm_se": resampled.std().item(),
-        "context": context,
-        "positions": len(scores) * len(at),
-    }
+    brier, error = scores.mean(0), resampled.std().item()
+    result = {"brier": brier.tolist(), "brier_lm": brier_lm(brier), "brier_lm_se": error}
+    return result | {"context": context, "positions": len(scores) * len(at)}

@@ -1,5 +1,4 @@
-"""
-The energy head: a sampler of vectors, and the score that trains it.        (CALM paper, section 3)
+"""The energy head: a sampler of vectors, and the score that trains it.        (CALM paper, section 3)
 
 A softmax gives every token a probability, and cross-entropy trains it. There is no softmax over
 vectors. The energy head is only a *sampler*: a small network that turns the Transformer's hidden
@@ -16,8 +15,7 @@ import torch.nn.functional as F
 NORM_EPS = 1e-6  # as in autoencoder.py: this file imports none of the others
 
 
-# -------------------------------------------------------------------------------------------------
-# The energy score
+# -------------------- The energy score
 #
 #     S(P, y) = E |x' - x''|^alpha  -  2 E |x - y|^alpha,      x, x', x'' independent draws from P
 #
@@ -28,8 +26,7 @@ NORM_EPS = 1e-6  # as in autoencoder.py: this file imports none of the others
 
 
 def fidelity_and_diversity(x, y, alpha):
-    """
-    E |x - y|^alpha and E |x' - x''|^alpha: samples x (..., N, l), targets y (..., M, l)  ->  (...)
+    """E |x - y|^alpha and E |x' - x''|^alpha: samples x (..., N, l), targets y (..., M, l)  ->  (...)
     each, unbiased. The points should lie about the origin: see `energy_score`.
     """
     N = x.shape[-2]
@@ -45,8 +42,7 @@ def fidelity_and_diversity(x, y, alpha):
 
 
 def energy_score(samples, targets, alpha=1.0):
-    """
-    The energy score of a sampler at observed targets, to be *maximised*.        (paper, section 3)
+    """The energy score of a sampler at observed targets, to be *maximised*.        (paper, section 3)
     samples (N, ..., l), targets (M, ..., l)  ->  (...), unbiased; N >= 2, 0 < alpha < 2.
     """
     # Distances stay when everything moves. `cdist` works with |x|^2 + |y|^2 - 2 x·y, where small
@@ -59,8 +55,7 @@ def energy_score(samples, targets, alpha=1.0):
 
 
 def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None):
-    """
-    Minus the energy score, averaged over positions; targets are draws from the posterior.
+    """Minus the energy score, averaged over positions; targets are draws from the posterior.
     samples (N, ..., l), mean and log_std (..., l)  ->  loss, fidelity, diversity: scalars, with
     loss = 2 · fidelity - diversity. The gap of the two shows how far the head still is.
 
@@ -68,7 +63,8 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
     released code draws for each position and holds all N·M differences of all of them at once.
     """
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
-    noise = torch.randn(n_targets, mean.shape[-1], device=mean.device, generator=generator)  # (M, l)
+    shape = (n_targets, mean.shape[-1])  # (M, l)
+    noise = torch.randn(shape, device=mean.device, generator=generator)
     # As in energy_score, but the centre is known: y = mean + std * noise, less the mean.
     x = (samples - mean).movedim(0, -2)  # (..., N, l)
     y = log_std.exp().unsqueeze(-2) * noise  # (..., M, l)
@@ -77,14 +73,12 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
     return 2 * fidelity - diversity, fidelity, diversity
 
 
-# -------------------------------------------------------------------------------------------------
-# The head
+# -------------------- The head
 
 
 class HeadBlock(nn.Module):
-    """
-    x <- x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]): x (..., d) is what
-    the noise has become, c (..., d) what the hidden state says.          (released code: `MLPBlock`)
+    """x <- x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]): x (..., d) is what
+    the noise has become, c (..., d) what the hidden state says.        (released code: `MLPBlock`)
     """
 
     def __init__(self, d):
@@ -102,8 +96,7 @@ class HeadBlock(nn.Module):
 
 
 class EnergyHead(nn.Module):
-    """
-    One forward pass is one draw of the next latent vector; a diffusion head needs many passes.
+    """One forward pass is one draw of the next latent vector; a diffusion head needs many passes.
     (paper, section 3; released code: `MLPGenerator`) The paper gives it a quarter as many blocks as
     the Transformer has.
     """

@@ -185,3 +185,10 @@ class Autoencoder(nn.Module):
         loss = reconstruction + c.kl_weight * kl
         metrics = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
         return loss, metrics | {"accuracy": (logits.argmax(-1) == tokens).float().mean()}
+
+    @torch.no_grad()
+    def accuracy(self, tokens, noise=0.0):
+        """The share of tokens (..., K) that come back when z has Gaussian noise of std `noise`."""
+        mean, _ = self.encode(tokens)
+        logits = self.decode(mean + noise * torch.randn_like(mean))
+        return (logits.argmax(-1) == tokens).float().mean()

@@ -248,6 +248,14 @@ class CALM(nn.Module):
         tokens = torch.cat([self.autoencoder.decode(part).argmax(-1) for part in parts])
         return tokens.view(*latents.shape[:-1], -1)
 
+    @torch.no_grad()
+    def confidence(self, hidden):
+        """The decoder's probability of its best chunk for a draw, a mean over hidden (..., d): 1 if
+        draws lie at the vectors of chunks, less if they fall between."""
+        z = self.head.sample(hidden, 1)[0]  # (..., l)
+        best = self.autoencoder.decode(z).softmax(-1).amax(-1)  # (..., K)
+        return best.prod(-1).mean()
+
 
 # -------------------- The discrete Transformer, for comparison
 
@@ -342,14 +350,16 @@ def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samp
     """Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, tokens (T,) int.
 
     The text is cut into sequences of `context` tokens. At most `positions` chunks of each, evenly
-    spaced, are predicted `n_samples` times from what is before them. Returns {"brier": [4],
+    spaced (None: all, or 8 K for K < 4), are predicted `n_samples` times from what is before them. Returns {"brier": [4],
     "brier_lm", "brier_lm_se" (standard error), "context", "positions"}: all part of the score.
     """
     K = model.config.chunk_size
     assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"
     device = next(model.parameters()).device
     n_places = context // K - math.ceil(4 / K)  # chunks with at least 4 tokens behind them
-    at = list(range(0, n_places, math.ceil(n_places / (positions or n_places))))
+    if positions is None:
+        positions = n_places if K >= 4 else 8 * K  # small chunks take a loop over positions
+    at = list(range(0, n_places, math.ceil(n_places / positions)))
     sequences = tokens[: len(tokens) // context * context].view(-1, context)
     scores = []
     for batch in sequences.split(batch_size):

@@ -179,17 +179,21 @@ def load_checkpoint(out_dir, kind):
         raise ValueError(f"{path} is damaged; {path}.old is the checkpoint before it") from None
 
 
+def build_model(kind, configs):
+    """A new "autoencoder", "calm" or "baseline" of these sizes, {kind: dict}."""
+    if kind == "baseline":
+        return TransformerLM(TransformerConfig(**configs["baseline"]))
+    autoencoder = Autoencoder(AutoencoderConfig(**configs["autoencoder"]))
+    if kind == "autoencoder":
+        return autoencoder
+    return CALM(CALMConfig(**configs["calm"]), autoencoder)
+
+
 def load_model(out_dir, kind):
-    """The "autoencoder", "calm" or "baseline" in {kind}.pt, for evaluation, and its tokenizer."""
+    """The model in {kind}.pt, for evaluation, and its tokenizer."""
     checkpoint = load_checkpoint(out_dir, kind)
-    configs = checkpoint["configs"]
     with torch.device("meta"):  # shapes without memory: the weights are then put in place
-        if kind == "baseline":
-            model = TransformerLM(TransformerConfig(**configs["baseline"]))
-        else:
-            model = Autoencoder(AutoencoderConfig(**configs["autoencoder"]))
-        if kind == "calm":
-            model = CALM(CALMConfig(**configs["calm"]), model)
+        model = build_model(kind, checkpoint["configs"])
     model.load_state_dict(checkpoint["weights"], assign=True)
     return model.eval(), tiktoken.Encoding("saved", **checkpoint["tokenizer"])
 

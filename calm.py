@@ -1,4 +1,4 @@
-"""CALM: a Transformer that predicts the next *vector*, and the score that judges it by samples alone.
+"""CALM: a Transformer that predicts the next *vector*, and a score that needs nothing but samples.
 
     tokens of chunk i --embed, compress--> one input --Transformer--> h --energy head--> z
                                                                                          |
@@ -79,8 +79,8 @@ class KVCache:
 
 
 def rotate(x, positions):
-    """Rotary position embedding: turns the coordinates j and j + half of x (B, H, steps, size) by the
-    angle position · theta^(-j / half): q·k then depends on the difference of two positions.
+    """Rotary position embedding: turns coordinates j and j + half of x (B, H, steps, size) by the
+    angle position · theta^(-j / half). So q·k depends on the difference of two positions.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
@@ -131,8 +131,8 @@ class TransformerBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The Transformer between inputs and hidden states, (B, steps, d) -> (B, steps, d). A step may be
-    a chunk or a token. Given a cache, it goes on after the steps in it, one at a time.
+    """The Transformer between inputs and hidden states: (B, steps, d) -> (B, steps, d). A step is a
+    chunk or a token. Given a cache, it goes on after the steps in it, one at a time.
     """
 
     def __init__(self, config):
@@ -189,8 +189,8 @@ class CALM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, autoencoder=None):
-        """The model in a folder of the released layout, in evaluation mode. It comes with the copy of
-        its autoencoder that lies there, unless another is given.
+        """The model in a folder of the released layout, in evaluation mode, with the copy of its
+        autoencoder that lies there, unless another is given.
         """
         released = json.loads(Path(folder, "config.json").read_text())
         fields = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
@@ -240,8 +240,8 @@ class CALM(nn.Module):
 
     @torch.no_grad()
     def draw_chunks(self, hidden, n, generator=None):
-        """n independent draws of the next chunk: hidden (..., d) -> (n, ..., K) int. All randomness is
-        in the vector: each token is the most probable one for it (paper, section 3).
+        """n independent draws of the next chunk: hidden (..., d) -> (n, ..., K) int. The vector is
+        random; each token is the most probable one for it (paper, section 3).
         """
         latents = self.head.sample(hidden, n, generator)  # (n, ..., l)
         parts = latents.flatten(0, -2).split(512)  # logits of 512 chunks of Llama 3 take 1 GB
@@ -319,8 +319,8 @@ def brier_lm(brier):
 
 
 def draw_continuations(model, tokens, at, n):
-    """n continuations of at least 4 tokens after each of the chunks `at`, a list of P places, and the
-    text's own: tokens (B, T)  ->  (n, B, P, >= 4), (B, P, >= 4).
+    """n continuations of at least 4 tokens after the chunks `at`, a list of P, and the text's own:
+    tokens (B, T)  ->  (n, B, P, >= 4), (B, P, >= 4).
     """
     B, K = len(tokens), model.config.chunk_size
     n_chunks = math.ceil(4 / K)
@@ -349,9 +349,10 @@ def draw_continuations(model, tokens, at, n):
 def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samples=4):
     """Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, tokens (T,) int.
 
-    The text is cut into sequences of `context` tokens. At most `positions` chunks of each, evenly
-    spaced (None: all, or 8 K for K < 4), are predicted `n_samples` times from what is before them. Returns {"brier": [4],
-    "brier_lm", "brier_lm_se" (standard error), "context", "positions"}: all part of the score.
+    The text is cut into sequences of `context` tokens. Up to `positions` chunks of each, evenly
+    spaced, are predicted `n_samples` times from what is before them. (None: all chunks, but 8 K for
+    K < 4.) Returns {"brier": [4], "brier_lm", "brier_lm_se", "context", "positions"}; se is the
+    standard error.
     """
     K = model.config.chunk_size
     assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"

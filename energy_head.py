@@ -1,4 +1,4 @@
-"""The energy head: a sampler of vectors, and the score that trains it.        (CALM paper, section 3)
+"""The energy head: a sampler of vectors, and the score that trains it.      (CALM paper, section 3)
 
 A softmax gives every token a probability, and cross-entropy trains it. There is no softmax over
 vectors. The energy head is only a *sampler*: a small network that turns the Transformer's hidden
@@ -26,8 +26,8 @@ NORM_EPS = 1e-6  # as in autoencoder.py: this file imports none of the others
 
 
 def fidelity_and_diversity(x, y, alpha):
-    """E |x - y|^alpha and E |x' - x''|^alpha: samples x (..., N, l), targets y (..., M, l)  ->  (...)
-    each, unbiased. The points should lie about the origin: see `energy_score`.
+    """E |x - y|^alpha and E |x' - x''|^alpha, unbiased: x (..., N, l), y (..., M, l) -> (...) each.
+    The points should lie about the origin: see `energy_score`.
     """
     N = x.shape[-2]
     assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
@@ -42,7 +42,7 @@ def fidelity_and_diversity(x, y, alpha):
 
 
 def energy_score(samples, targets, alpha=1.0):
-    """The energy score of a sampler at observed targets, to be *maximised*.        (paper, section 3)
+    """The energy score of a sampler at observed targets, to be *maximised*.      (paper, section 3)
     samples (N, ..., l), targets (M, ..., l)  ->  (...), unbiased; N >= 2, 0 < alpha < 2.
     """
     # Distances stay when everything moves. `cdist` works with |x|^2 + |y|^2 - 2 x·y, where small

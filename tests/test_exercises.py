@@ -25,13 +25,9 @@ class Wrong:
     def answer_1_std_taken_for_variance(mean, log_std, floor=0.0):
         return (0.5 * (mean**2 + torch.exp(log_std) - 1 - log_std)).clamp_min(floor).sum(-1)
 
-    def answer_2_nothing_is_damaged(self, tokens):
-        z, log_std = self.encode(tokens)
-        logits, kl = self.decode(z), kl_divergence(z, log_std, self.config.kl_floor).mean()
-        entropy = 4 * F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
-        accuracy = (logits.argmax(-1) == tokens).float().mean()
-        metrics = {"reconstruction": entropy, "kl": kl, "accuracy": accuracy}
-        return entropy + self.config.kl_weight * kl, metrics
+    def answer_2_the_kl_alone(self, tokens):
+        kl = kl_divergence(*self.encode(tokens)).mean()
+        return kl, {"reconstruction": kl, "kl": kl, "accuracy": kl}
 
     def answer_2_no_gradient_through_the_draw(self, tokens):
         p = self.config.dropout if self.training else 0.0
@@ -74,18 +70,12 @@ class Wrong:
         return 100 * sum(max(float(b), 0.0) for b in brier) / 4
 
     def answer_7_draws_read_twice(draw, temperature):
-        last = None
-        for x in one_by_one(draw, 1000):
-            if temperature == 1 or last is not None and torch.equal(x, last):
-                return x
-            last = x
+        draws = draw(256)
+        return draws[1:][(draws[1:] == draws[:-1]).all(-1)][0]
 
     def answer_7_the_fraction_ignored(draw, temperature):
-        draws = one_by_one(draw, 1000)
-        while True:
-            attempt = torch.stack([next(draws) for _ in range(int(1 / temperature))])
-            if (attempt == attempt[0]).all():
-                return attempt[0]
+        attempts = draw(256).unflatten(0, (-1, int(1 / temperature)))
+        return attempts[(attempts == attempts[:, :1]).flatten(1).all(-1)][0, 0]
 
     def answer_8_a_in_place_of_a_over_i(draws, x, a, generator=None):
         while not torch.equal(next(draws), x):
@@ -97,9 +87,6 @@ class Wrong:
         return torch.equal(next(draws), x) or bool(torch.rand(()) >= a)
 
 
-ANSWERS = [name for name in vars(Wrong) if name.startswith("answer")]
-
-
 def verdict(exercise, trial, monkeypatch, wrong=None):
     """What the worked example says of the reference, or of it with a wrong answer in it."""
     for name in exercises.FILES:
@@ -108,8 +95,7 @@ def verdict(exercise, trial, monkeypatch, wrong=None):
             before, right, after = exercises.split(source, exercise)
             text = textwrap.dedent(inspect.getsource(getattr(Wrong, wrong)))
             text = text.replace(wrong, exercise.function.split(".")[-1])
-            indent = right[: right.index("def")]
-            source = before + textwrap.indent(text, indent) + after
+            source = before + textwrap.indent(text, right[: right.index("def")]) + after
         (trial / name).write_text(source, encoding="utf-8")
     for name in ("autoencoder", "energy_head", "calm", "sample"):  # other tests need theirs
         monkeypatch.setitem(sys.modules, name, sys.modules[name])
@@ -125,26 +111,22 @@ def test_the_references_answer_is_right_and_has_tests(exercise, tmp_path, monkey
         assert any(word in test for test in tests), f"no test is selected by {word}"
 
 
-@pytest.mark.parametrize("wrong", ANSWERS)
+@pytest.mark.parametrize("wrong", [name for name in vars(Wrong) if "answer" in name])
 def test_a_wrong_answer_is_called_wrong(wrong, tmp_path, monkeypatch):
     exercise = exercises.EXERCISES[int(wrong.split("_")[1]) - 1]
     assert "yours is" in verdict(exercise, tmp_path, monkeypatch, wrong)
 
 
 def test_the_way_of_a_student(tmp_path):
-    def script(*arguments):
-        command = [sys.executable, "classroom/exercises.py", *arguments]
-        return subprocess.run(command, cwd=tmp_path / "mine", capture_output=True, text=True)
-
-    exercises.new(tmp_path / "mine")
-    started = script("check")
+    folder, check = tmp_path / "mine", [sys.executable, "classroom/exercises.py", "check"]
+    exercises.new(folder)
+    started = subprocess.run(check, cwd=folder, capture_output=True, text=True)
     assert started.returncode == 1 and started.stdout.count("not started\n") == 8, started
-    script("solution", "6")
-    done = script("check", "6")
+    exercises.solution(folder, exercises.EXERCISES[5])
+    done = subprocess.run([*check, "6"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("right\n"), done
 
 
-def test_mistakes_of_use_are_one_sentence(command, tmp_path):
-    (tmp_path / "homework.txt").write_text("mine")
-    assert "not empty" in command(exercises.main, "new", tmp_path)
+def test_mistakes_of_use_are_one_sentence(command):
+    assert "not empty" in command(exercises.main, "new", ROOT)
     assert "make a copy first" in command(exercises.main, "check")

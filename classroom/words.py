@@ -1,0 +1,66 @@
+"""How many of the words that a model writes are words?
+
+    python classroom/words.py out/quick [--model baseline | --model choices]
+
+A word is a run of two letters or more. It counts if the training text has it, in the same case.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import sample  # noqa: E402
+from classroom import choices  # noqa: E402
+
+
+def words_of(text):
+    """The words of a text, a list, but for a last one that the text's end may have cut."""
+    return re.findall(r"[^\W\d_]{2,}(?=[\W\d_])", text)
+
+
+def share_of_words(texts, known):
+    """The share of the words of all texts that are in the set `known`, and how many there are."""
+    words = [word for text in texts for word in words_of(text)]
+    return sum(word in known for word in words) / max(1, len(words)), len(words)
+
+
+def documents_in(path, encoding):
+    """Yields the texts in a file of tokens."""
+    tokens = np.memmap(path, np.int32, mode="r")
+    for document in np.split(tokens, np.flatnonzero(tokens == encoding.eot_token)):
+        yield encoding.decode(document[document != encoding.eot_token].tolist())
+
+
+def main():
+    parser = argparse.ArgumentParser(description="How many of the words that a model writes are?")
+    parser.add_argument("folder", nargs="?", default="out/quick", help="the --out_dir of a run")
+    parser.add_argument("--model", choices=("calm", "baseline", "choices"), default="calm")
+    args = parser.parse_args()
+    if args.model == "choices":
+        model, encoding = choices.load(args.folder)
+    else:
+        model, encoding = sample.load_model(args.folder, args.model)
+
+    # The training text lies in the run's folder, or in one that prepare.py has filled.
+    data = Path(sample.load_checkpoint(args.folder, args.model)["settings"]["data"])
+    if not (data / "data.json").exists():
+        data = Path(args.folder)
+    known = {word for text in documents_in(data / "train.bin", encoding) for word in words_of(text)}
+    share, _ = share_of_words(documents_in(data / "validation.bin", encoding), known)
+    print(f"{len(known):,} words in the training text, {share:.1%} of the held-out text's words")
+
+    for temperature in (1, 1 / 2, 1 / 4):
+        torch.manual_seed(0)
+        texts = [sample.write_text(model, encoding, "\n", 400, temperature) for _ in range(10)]
+        share, n = share_of_words([text[:400] for text in texts], known)
+        print(f"T = {temperature:.2f}: {share:.1%} of {n} words", flush=True)
+
+
+if __name__ == "__main__":
+    sample.run(main)

@@ -59,8 +59,8 @@ losses(Autoencoder, training=True, dropout=1.0)  # inputs are 0, z is 0, but the
 losses(Autoencoder, training=True, dropout=0.0)  # z is a draw from the posterior
 losses(Autoencoder, training=True, kl_floor=1e4)  # last number: gradients pass through z"""),
     Exercise(3, "energy_head.py", "fidelity_and_diversity",
-        "all distances by torch.cdist, .clamp_min(1e-12) because a root has no slope at 0, "
-        "** alpha; then a mean over N·M pairs, and one over pairs of two different samples",
+        "distances by torch.cdist, .clamp_min(1e-12) or the gradient at 0 is NaN, ** alpha; "
+        "fidelity is a mean over N·M pairs, diversity over the N (N - 1) pairs of two samples",
         "score or largest or gradient", 1e-4, """
 fidelity_and_diversity(tensor([[0.0], [2.0], [4.0]]), tensor([[1.0], [3.0]]), 1.0)  # 5/3, 8/3
 fidelity_and_diversity(tensor([[0.0], [4.0]]), tensor([[0.0]]), 0.5)  # roots of 0 and 4, and of 4
@@ -72,8 +72,8 @@ fidelity_and_diversity(torch.zeros(5, 4, 2), torch.zeros(5, 3, 2), 1.0)  # (5,) 
 random_head(EnergyHead, n_blocks=0)  # random weights, no block between first and last maps
 random_head(EnergyHead, n_blocks=2)  # random weights, two blocks"""),
     Exercise(5, "calm.py", "brier_score",
-        "in 2 P(y) - sum P(x)^2, which two of the three does each term compare? "
-        "prefix_matches() does it for all n at once",
+        "2 P(y) takes P(y) from each of the two samples; sum P(x)^2 is how often the "
+        "two are equal. prefix_matches() compares, for all n at once",
         "single_cases or two_sample", 1e-4, """
 brier_score(tensor([1, 2, 3, 4]), tensor([1, 2, 3, 4]), tensor([1, 2, 3, 4]))  # 2 hits - 1
 brier_score(tensor([1, 2, 3, 4]), tensor([1, 2, 3, 4]), tensor([7, 2, 3, 4]))  # no hit, - 1
@@ -84,8 +84,9 @@ brier_score(*torch.zeros(3, 5, 8, dtype=torch.long))  # five chunks of 8: n = 1 
 brier_lm([0.4, 0.2, 0.1, 0.05])  # 100 · 0.0004^(1/4)
 brier_lm(tensor([-0.1, -0.1, -0.1, -0.02]))  # each factor is 0"""),
     Exercise(7, "sample.py", "temperature_sample_exact",
-        "n, a = inverse_temperature(…), draws = one_by_one(…). Again and again: take n new draws; "
-        "return their value if they are all equal and, for a > 0, bernoulli_factory(…) agrees",
+        "n, a = inverse_temperature(…); draws = one_by_one(…), to be read by next(draws). Again "
+        "and again: n new draws; if all are equal, and for a > 0 bernoulli_factory(…) is True, "
+        "return one of them",
         "exact_sampler or factory_with or too_many", 0.03, """
 temperature_sample_exact(script([1], [2], [2], [3], [4], [4]), 1 / 2)  # attempts 1 2, 2 3, 4 4
 temperature_sample_exact(script([1, 3], [1, 2], [1, 2], [1, 2]), 1 / 2)  # all tokens are equal

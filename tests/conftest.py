@@ -14,8 +14,7 @@ import sample  # noqa: E402
 from autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
 from calm import CALM, CALMConfig  # noqa: E402
 
-# The models here are so small that threads cost more than they save. The second line is for the
-# processes that tests start.
+# Models so small lose by threads. The second line is for processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -1,5 +1,5 @@
-"""Each model on other devices, in mixed precision and compiled. The `meta` device holds shapes only:
-a tensor made on a wrong device raises there, and so does one whose value is read.
+"""The models on other devices, in mixed precision, compiled. The device `meta` has shapes alone: a
+tensor made elsewhere raises, and so does one whose value is read.
 """
 
 import pytest

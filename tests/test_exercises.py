@@ -12,7 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "classroom"))
-
 import exercises  # noqa: E402
 
 
@@ -44,9 +43,8 @@ class Wrong:
     def answer_3_each_sample_paired_with_itself(x, y, alpha):
         return tuple((torch.cdist(x, to) ** alpha).mean((-1, -2)) for to in (y, x))
 
-    def answer_3_alpha_forgotten(x, y, alpha):
-        N = x.shape[-2]
-        return torch.cdist(x, y).mean((-1, -2)), torch.cdist(x, x).sum((-1, -2)) / (N * (N - 1))
+    def answer_3_only_one_target(x, y, alpha):
+        return torch.cdist(x, y[..., :1, :]).mean((-1, -2)) ** alpha, torch.pdist(x).mean() ** alpha
 
     def answer_4_only_the_last_block(self, hidden, noise):
         x = self.noise_norm(self.noise_in(noise))

@@ -136,6 +136,7 @@ class Autoencoder(nn.Module):
         released = json.loads(Path(folder, "config.json").read_text())
         fields = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
                   "num_encoder_layers", "num_decoder_layers")
+        assert released.keys() >= {*fields}, f"{folder}/config.json is not of an autoencoder"
         with torch.device("meta"):  # shapes without memory: the weights are then put in place
             model = cls(AutoencoderConfig(*[released[field] for field in fields]))
         model.load_state_dict(released_weights(folder, cls.RELEASED_NAMES), assign=True)

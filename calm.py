@@ -195,6 +195,7 @@ class CALM(nn.Module):
         released = json.loads(Path(folder, "config.json").read_text())
         fields = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
                   "num_hidden_layers", "num_attention_heads", "noise_size", "num_mlp_layers")
+        assert released.keys() >= {*fields}, f"{folder}/config.json is not of a CALM"
         config = CALMConfig(*[released[field] for field in fields])
         config.context = released["max_position_embeddings"] * config.chunk_size  # in tokens
         weights = released_weights(folder, cls.RELEASED_NAMES)

@@ -79,7 +79,7 @@ def temperature_sample_batch(pool, temperature, generator=None):
     """
     n, a = inverse_temperature(temperature)
     chosen = []
-    for draws in pool.flatten(0, -3).cpu():  # (N, K)
+    for draws in pool.reshape(-1, *pool.shape[-2:]).cpu():  # (N, K)
         values, counts = torch.unique(draws, dim=0, return_counts=True)  # (U, K), (U,)
         least, power = n, n + a
         if counts.max() < n:
@@ -174,7 +174,8 @@ def load_checkpoint(out_dir, kind):
     path = Path(out_dir, f"{kind}.pt")
     assert path.exists(), f"there is no {path}: train it with train.py, or name its --out_dir"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {"configs": checkpoint["configs"], **checkpoint}
     except Exception:  # whatever damage makes torch raise
         raise ValueError(f"{path} is damaged; {path}.old is the checkpoint before it") from None
 

@@ -94,6 +94,7 @@ def model_configs(args, vocab_size):
     fits = context % K == 0 and context >= K + 4
     assert fits, f"--context {context} must be a multiple of --chunk_size {K}, at least {K + 4}"
     assert d % (2 * args.n_heads) == 0, f"--hidden_size {d} must be a multiple of 2 · --n_heads"
+    assert args.n_samples > 1, "--n_samples must be at least 2"
     inner = math.ceil(d * 8 / 3 / 64) * 64  # LLaMA's rule for SwiGLU: 1024 gives 2752
     sizes = (d, inner, args.n_layers, args.n_heads)
     autoencoder = AutoencoderConfig(vocab_size, K, l, hidden_size=4 * l, intermediate_size=10 * l)
@@ -194,7 +195,7 @@ def learning_rate(step, steps, highest):
 
 def seed_step(seed, step, rank=0):
     """Each step seeds the generators, so a resumed run draws what an undisturbed one draws."""
-    torch.manual_seed((seed << 40) + (step << 8) + rank)
+    torch.manual_seed(((seed << 40) + (step << 8) + rank) % 2**63)
 
 
 @torch.no_grad()
@@ -203,6 +204,7 @@ def evaluate(model, held_out, batch_size):
     seed_step(0, 0)
     rows = []
     for batch in held_out.split(batch_size):
+        share = len(batch) / len(held_out)
         if isinstance(model, Autoencoder):
             batch = batch.view(-1, model.config.chunk_size)
         loss, metrics = model(batch)
@@ -210,8 +212,9 @@ def evaluate(model, held_out, batch_size):
             metrics["accuracy_noise_0.3"] = model.accuracy(batch, noise=0.3)  # the paper's test
         if isinstance(model, CALM):
             metrics["confidence"] = model.confidence(model.hidden_states(batch))
-        rows.append({"val_loss": loss, **metrics})
-    scores = {name: torch.stack([row[name] for row in rows]).mean().item() for name in rows[0]}
+        metrics["val_loss"] = loss
+        rows.append({name: share * value for name, value in metrics.items()})
+    scores = {name: sum(row[name] for row in rows).item() for name in rows[0]}
     if not isinstance(model, Autoencoder):
         scores |= evaluate_brier(model, held_out.flatten(), held_out.shape[1], batch_size)
     return scores
@@ -243,8 +246,10 @@ def train(kind, model, configs, args, data):
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
     done, seconds, log = 0, 0.0, []
-    if RANK == 0 and not args.resume:
-        path.unlink(missing_ok=True)  # of an earlier run
+    if RANK == 0 and not args.resume:  # what is there is of an earlier run
+        path.unlink(missing_ok=True)
+        if kind == "autoencoder":
+            path.with_name("calm.pt").unlink(missing_ok=True)
     if args.resume and path.exists():
         saved = sample.load_checkpoint(args.out_dir, kind)
         model.load_state_dict(saved["weights"])

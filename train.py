@@ -258,7 +258,7 @@ def train(kind, model, configs, args, data):
         done, seconds, log = saved["step"], saved["seconds"], saved["log"]
     forward = torch.compile(model) if args.compile else model
     if WORLD > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
+        forward = torch.nn.parallel.DistributedDataParallel(forward)  # it has no buffers
 
     saved_at = time.monotonic()
     for step in range(done + 1, steps + 1):
@@ -390,6 +390,7 @@ def main():
     if kind != "autoencoder":
         n = summary[kind]["positions"]
         summary["protocol"] = {"context": args.context, "positions": n, "split": "validation"}
+        seed_step(args.seed, 0)
         text = sample.write_text(model.eval(), encoding, "\n", n_tokens=800, temperature=0.5)
         write(out_dir / f"{prefix}sample.txt", text.encode())
         draw_curves(out_dir / f"{prefix}curves.png", [row for row in log if row["stage"] == kind])

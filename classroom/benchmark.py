@@ -27,7 +27,7 @@ PEAK = {"H100": (67e12, 989e12), "H200": (67e12, 989e12), "A100": (19.5e12, 312e
 def seconds(function):
     """The median time of a call, after a warm-up."""
     timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=2).median
+    return timer.blocked_autorange(min_run_time=1).median
 
 
 def peak_memory():
@@ -138,8 +138,7 @@ def table_bias(n=5000):
 def main():
     parser = argparse.ArgumentParser(description="What CALM costs on this machine.")
     parser.add_argument("--out_dir", default="out/quick", help="a trained CALM (out/quick)")
-    args = parser.parse_args()
-    trained, encoding = sample.load_model(args.out_dir, "calm")
+    trained, encoding = sample.load_model(parser.parse_args().out_dir, "calm")
     print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads")
     table_loss()
     table_step()

@@ -23,9 +23,8 @@ SEEDS = range(10 if os.environ.get("CALM_ALL_SEEDS") else 2)
 
 
 def tiny_calm(chunk_size=4, vocab_size=13, context=32, seed=0, noisy=True):
-    """A CALM with random weights, in evaluation mode, of 1 to 2 ms a call. The last map of its head
-    starts at zero: here it is random, or all draws would be the same. With noisy=False the head
-    ignores its noise: every draw from a hidden state is the same chunk.
+    """A small CALM in evaluation mode. The head's last map is random: from 0, all draws are the same.
+    With noisy=False they are, too: the head then ignores its noise.
     """
     torch.manual_seed(seed)
     sizes = {"latent_size": 8, "hidden_size": 16, "intermediate_size": 32}

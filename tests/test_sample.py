@@ -155,7 +155,7 @@ def test_a_text_longer_than_the_context_goes_on_from_its_newest_half():
 
 @pytest.mark.parametrize("T, read", [(11, 8), (100, 28)])
 def test_of_a_prompt_the_last_whole_chunks_count(T, read):
-    """Of 11 tokens the first 3, 11 mod 4, are not read; of 100 only the last 7 chunks, a context."""
+    """Of 11 tokens the first 3, 11 mod 4, are not read; of 100 only the last 7 chunks are."""
     model, prompt = tiny_calm(noisy=False), torch.randint(13, (1, T))
     new = generate(model, prompt, 12)[:, T:]
     assert torch.equal(generate(model, prompt[:, -read:], 12)[:, read:], new)
@@ -213,7 +213,7 @@ def test_bytes_are_a_tokenizer():
 
 @pytest.mark.parametrize("n, end", [(264, 264), (128_000, 128_001)])
 def test_a_file_of_ranks_is_a_tokenizer(n, end, tmp_path):
-    """With 128 000 ranks it is that of Llama 3, under any name: its end is the second after them."""
+    """With 128 000 ranks it is that of Llama 3, under any name: its end is 128 001."""
     tokens = [bytes([b]) for b in range(256)]
     tokens += [b"12", b"45", b"123", b"1234", b"12345", b"th", b"the", b" the"]
     tokens += [b"\xff" + i.to_bytes(3, "big") for i in range(n - len(tokens))]

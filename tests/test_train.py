@@ -120,7 +120,8 @@ def test_the_learning_rate_rises_then_falls_to_zero():
 
 def test_two_processes_or_two_parts_have_the_gradient_of_one(tmp_path):
     """The optimiser's mean of gradients after 2 steps, to 1e-6; the weights, to 1e-5."""
-    baseline = [*SIZES, "--stage", "baseline", "--steps", "2", "--out_dir"]
+    # At width 2 the gradient is so small that it is not clipped.
+    baseline = [*SIZES, *"--stage baseline --steps 2 --hidden_size 2 --out_dir".split()]
     train_in(tmp_path, *baseline, "one")
     train_in(tmp_path, *baseline, "parts", "--gradient_accumulation_steps", 2)
     with socket.socket() as free:
@@ -181,16 +182,17 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(undisturbed
     assert outcome(killed) == outcome(undisturbed / "run")
 
 
-@pytest.mark.xfail(reason="--resume takes the earlier run's calm.pt for its own")
+def test_a_run_that_is_killed_after_its_last_step_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    train_in(tmp_path, "--resume", "--out_dir", "run")
+    assert outcome(tmp_path / "run") == outcome(undisturbed / "run")
+
+
 def test_a_new_run_begins_with_neither_model_of_an_earlier_one(undisturbed, tmp_path):
     shutil.copytree(undisturbed / "run", tmp_path / "run")
     with pytest.raises(AssertionError, match="finite"):  # it stops in its autoencoder
         train_in(tmp_path, *SIZES, "--lr", 1e9)
     assert not (tmp_path / "run" / "calm.pt").exists()
-
-
-def fails(*case):
-    return pytest.param(*case, marks=pytest.mark.xfail)
 
 
 @pytest.mark.parametrize("arguments, word", [
@@ -202,7 +204,7 @@ def fails(*case):
     ("train --steps 0", "--steps"), ("train --lr nan", "--lr"), ("train --device abacus", "abacus"),
     ("train --out_dir text.txt", "text.txt"), ("train --out_dir new --resume", "--resume"),
     ("train --out_dir new --stage calm", "autoencoder.pt"),
-    ("train --stage calm --chunk_size 8", "chunk_size"), fails("train --n_samples 1", "n_samples"),
+    ("train --stage calm --chunk_size 8", "chunk_size"), ("train --n_samples 1", "n_samples"),
     ("train --batch_size 3 --gradient_accumulation_steps 2", "--batch_size"),
     ("train --out_dir new --stage baseline --lr 1e9", "no longer finite"),
     ("sample --out_dir new", "new/calm.pt"), ("sample --model baseline", "baseline.pt"),
@@ -210,10 +212,10 @@ def fails(*case):
     ("sample --temperature nan", "--temperature"), ("sample --temperature 1.5", "at most 1"),
     ("sample --n_tokens 0", "--n_tokens"), ("sample --n_tokens -5", "--n_tokens"),
     ("sample --pool 0", "--pool"), ("sample --prompt FILE:missing.txt", "missing.txt"),
-    ("sample --pretrained empty", "config.json"), fails("sample --out_dir other", "other/calm.pt"),
+    ("sample --pretrained empty", "config.json"), ("sample --out_dir other", "other/calm.pt"),
     ("sample --pretrained GOLDEN/calm --tokenizer latin.txt", "latin.txt"),
-    fails("sample --pretrained GOLDEN/autoencoder", "config.json"),
-    fails("sample --pretrained GOLDEN/calm --autoencoder GOLDEN/calm", "config.json"),
+    ("sample --pretrained GOLDEN/autoencoder", "config.json"),
+    ("sample --pretrained GOLDEN/calm --autoencoder GOLDEN/calm", "config.json"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(undisturbed, tmp_path, monkeypatch, command, arguments, word):
     """Beside a finished run: what is there must stay, and what is new must be whole and finite."""

@@ -27,7 +27,8 @@ NORM_EPS = 1e-6  # as in autoencoder.py: this file imports none of the others
 
 def fidelity_and_diversity(x, y, alpha):
     """E |x - y|^alpha and E |x' - x''|^alpha, unbiased: x (..., N, l), y (..., M, l) -> (...) each.
-    The points should lie about the origin: see `energy_score`.
+    A sample and itself are no pair; equal points have the gradient 0. The points should lie about
+    the origin: see `energy_score`.
     """
     N = x.shape[-2]
     assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
@@ -121,10 +122,10 @@ class EnergyHead(nn.Module):
         nn.init.zeros_(self.final[-1].weight)
 
     def forward(self, hidden, noise):
-        """hidden (..., d), noise (..., noise_size)  ->  one latent vector for each, (..., l)."""
+        """noise (..., noise_size), hidden (..., d) or with fewer leading dimensions  ->  (..., l)."""
         x = self.noise_norm(self.noise_in(noise))  # (..., d)
         c = self.hidden_norm(self.hidden_in(hidden))  # (..., d)
-        c = c.expand_as(x)  # the noise may have more leading dimensions: n draws for a state
+        c = c.expand_as(x)  # n draws share one hidden state
         for block in self.blocks:
             x = block(x, c)
         return self.final(self.final_norm(x))

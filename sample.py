@@ -57,7 +57,7 @@ def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=N
     draw(m) -> (m, K) int: m independent draws from P  ->  (K,). ValueError after max_draws of them.
 
     With 1/T = n + a, an attempt makes n draws. They are all x with probability P(x)^n; a Bernoulli
-    factory then accepts x with probability P(x)^a. No draw is read twice.
+    factory then accepts x with probability P(x)^a. Else all starts over. No draw is read twice.
     """
     n, a = inverse_temperature(temperature)
     draws = one_by_one(draw, max_draws)

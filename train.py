@@ -305,8 +305,8 @@ def train(kind, model, configs, args, data):
 
         # Some twelve times, a score on held-out text.
         if reporting:
-            n = FINAL_SEQUENCES if step == steps else REPORT_SEQUENCES
-            scores = evaluate(model.eval(), held_out[:n], args.batch_size // n_parts)
+            stride = 1 if step == steps else max(1, len(held_out) // REPORT_SEQUENCES)
+            scores = evaluate(model.eval(), held_out[::stride], args.batch_size // n_parts)
             model.train()
             row = {"stage": kind, "step": step, "tokens": tokens, "seconds": seconds, "loss": loss}
             log.append(row | scores | {"parameters": sum(p.numel() for p in trained)})

@@ -123,8 +123,8 @@ def table_generation(model, encoding):
 def table_bias(n=5000):
     temperatures, P = (0.9, 0.5, 0.4, 0.25), 1 / torch.arange(1, 21).double()
     print("\nThe bias of the batch method: total variation distance to P(x)^(1/T) / Z, P(x) ~ 1/x,")
-    print(f"20 outcomes, {n} pools of N draws. (As many exact draws would show 0.02 or less.)")
-    print("| N |", *[f"T = {T} |" for T in temperatures], "\n|--:|" + "--:|" * len(temperatures))
+    print(f"20 outcomes, {n} pools of N draws. (As many exact draws would show 0.021 to 0.005.)")
+    print("| N |", *[f"T = {T} |" for T in temperatures], end="\n|--:|--:|--:|--:|--:|\n")
     for N in (10, 50, 200, 1000):
         distances = []
         for T in temperatures:

@@ -50,8 +50,7 @@ class Choice(nn.Module):
         self.embedding = nn.Embedding(vocab_size, d)  # tells the next choices about this one
 
     def forward(self, x, c):
-        both = torch.cat([self.norm(x), c], dim=-1)  # (..., 2·d)
-        return self.mlp(both).softmax(-1)
+        return self.mlp(torch.cat([self.norm(x), c], dim=-1)).softmax(-1)
 
 
 class ChoiceHead(nn.Module):
@@ -91,7 +90,7 @@ class ChoiceHead(nn.Module):
             nn.init.zeros_(choice.mlp[-1].weight)
 
     def sums(self, chunks):
-        """The vector of each chunk's choices: (..., K) int -> (..., l)."""
+        """(..., K) int, the choices  ->  the vectors z, (..., l)."""
         return self.origin + sum(codes[i] for codes, i in zip(self.codes, chunks.unbind(-1)))
 
     def loss(self, hidden, chunks):
@@ -100,7 +99,7 @@ class ChoiceHead(nn.Module):
         """
         exact = "donot_use_mm_for_euclid_dist"  # a code's distance to itself must be 0
         distances = torch.cdist(self.codes, self.codes, compute_mode=exact) ** ALPHA  # (K, V, V)
-        x = c = self.hidden(hidden)
+        x = c = self.hidden(hidden)  # (..., d)
         loss = 0
         for choice, D, token in zip(self.choices, distances, chunks.unbind(-1)):
             loss = loss - energy_score_of_choice(choice(x, c), D, token).mean()
@@ -161,11 +160,10 @@ def main():
     print(f"the decoder finds {right.float().mean():.2%} of the tokens in sums of their codes")
 
     log = train.train("choices", model, configs, args, data)
-    lines = [json.dumps(row) + "\n" for row in log]
-    train.write(Path(out_dir, "choices_log.jsonl"), "".join(lines).encode())
+    train.write(Path(out_dir, "choices_log.jsonl"), "\n".join(map(json.dumps, log)).encode())
     text = sample.write_text(model.eval(), encoding, "\n", n_tokens=800, temperature=0.5)
-    print(f"\nA sample at temperature 0.5:\n{text}\n")
-    print(f"BrierLM {log[-1]['brier_lm']:.2f} ± {log[-1]['brier_lm_se']:.2f}")
+    score, error = log[-1]["brier_lm"], log[-1]["brier_lm_se"]
+    print(f"\nA sample at temperature 0.5:\n{text}\n\nBrierLM {score:.2f} ± {error:.2f}")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ SEEDS = range(10 if os.environ.get("CALM_ALL_SEEDS") else 2)
 
 
 def tiny_calm(chunk_size=4, vocab_size=13, context=32, seed=0, noisy=True):
-    """A small CALM in evaluation mode. The head's last map is random: from 0, all draws are the same.
-    With noisy=False they are, too: the head then ignores its noise.
+    """A small CALM in evaluation mode. The head's last map, which starts at zero, is random, so that
+    draws differ. With noisy=False the head ignores its noise: all draws are the same.
     """
     torch.manual_seed(seed)
     sizes = {"latent_size": 8, "hidden_size": 16, "intermediate_size": 32}
@@ -46,8 +46,8 @@ def chi_square_p(observed, expected):
     if len(observed) == 1:
         return 1.0
     statistic = ((observed - expected) ** 2 / expected).sum()
-    freedom = torch.tensor(len(observed) - 1).double()
-    return torch.special.gammaincc(freedom / 2, statistic / 2).item()
+    half = torch.tensor((len(observed) - 1) / 2).double()  # of the degrees of freedom
+    return torch.special.gammaincc(half, statistic / 2).item()
 
 
 def slow_energy_score(x, y, alpha=1.0):
@@ -60,9 +60,7 @@ def slow_energy_score(x, y, alpha=1.0):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command(main, *arguments) runs a script's main as its last line does. It must end with status
-    2 and one line on stderr, which is returned.
-    """
+    """command(main, *arguments): runs a main that must end with status 2 and one line; returns it."""
 
     def call(main, *arguments):
         capsys.readouterr()

@@ -23,8 +23,8 @@ SEEDS = range(10 if os.environ.get("CALM_ALL_SEEDS") else 2)
 
 
 def tiny_calm(chunk_size=4, vocab_size=13, context=32, seed=0, noisy=True):
-    """A small CALM in evaluation mode. The head's last map, which starts at zero, is random, so that
-    draws differ. With noisy=False the head ignores its noise: all draws are the same.
+    """A small CALM in evaluation mode. The last map of its head is random, not zero: draws differ.
+    With noisy=False the head ignores its noise: all draws are the same.
     """
     torch.manual_seed(seed)
     sizes = {"latent_size": 8, "hidden_size": 16, "intermediate_size": 32}
@@ -60,7 +60,7 @@ def slow_energy_score(x, y, alpha=1.0):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command(main, *arguments): runs a main that must end with status 2 and one line; returns it."""
+    """command(main, *arguments): main must end with status 2 and one line on stderr; returns it."""
 
     def call(main, *arguments):
         capsys.readouterr()

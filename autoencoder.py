@@ -66,7 +66,10 @@ def released_weights(folder, names):
     for file in Path(folder).glob("pytorch_model*.bin"):
         released |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     for file in Path(folder).glob("*.safetensors"):
-        from safetensors.torch import load_file  # the one format that needs this package
+        try:
+            from safetensors.torch import load_file  # the one format that needs this package
+        except ImportError:
+            raise ValueError(f"{file} needs a package: pip install safetensors") from None
         released |= load_file(file)
     for name, tensor in released.items():
         for theirs, ours in names:

@@ -10,7 +10,6 @@ from autoencoder import Autoencoder, AutoencoderConfig, kl_divergence
 
 
 def tiny(**changes):
-    torch.manual_seed(0)
     sizes = {"latent_size": 6, "hidden_size": 16, "intermediate_size": 32}
     return Autoencoder(AutoencoderConfig(vocab_size=11, **sizes | changes))
 

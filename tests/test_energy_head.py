@@ -58,9 +58,11 @@ def test_the_gradient_is_finite_where_samples_coincide(alpha, n):
 
 @near_and_far
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_the_loss_is_minus_the_score_of_posterior_draws(alpha, origin, size):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_is_minus_the_score_of_posterior_draws(dtype, alpha, origin, size):
     x, mean = origin + size * torch.randn(4, 2, 5, 6), origin + size * torch.randn(2, 5, 6)
     log_std = math.log(size) + 0.5 * torch.randn(2, 5, 6)
+    x, mean, log_std = x.to(dtype), mean.to(dtype), log_std.to(dtype)
     generator = torch.Generator().manual_seed(1)
     loss, fidelity, diversity = energy_loss(x, mean, log_std, 30, alpha, generator)
     noise = torch.randn(30, 6, generator=generator.manual_seed(1)).double()

@@ -163,7 +163,8 @@ def load_tokenizer(name):
         if not Path(name).exists():
             return tiktoken.get_encoding(name)
         lines = [line.split() for line in Path(name).read_text().splitlines()]
-        return make_encoding({base64.b64decode(token, validate=True): int(rank) for token, rank in lines})
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        return make_encoding(ranks)
     except (ValueError, OSError):
         raise ValueError(f"the tokenizer {name} is not bytes, not a file of lines BASE64 RANK, and "
                          "not one that tiktoken can fetch") from None  # fmt: skip

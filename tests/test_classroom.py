@@ -19,7 +19,7 @@ TEXT = "low lower lowest slow slower, blow! The show below: 123 1234 élan élan
 
 
 def test_byte_pair_encoding_is_the_naive_algorithm():
-    pieces = regex.findall(sample.PATTERN, TEXT)
+    pieces = TEXT.split() + [f"{i**3:b}" for i in range(60)]  # of 0 and 1: pairs make equal bytes
     ranks = {bytes([b]): b for b in range(256)}
     parts = [[bytes([b]) for b in piece.encode()] for piece in pieces]
     while len(ranks) < 290:  # all pairs counted anew; among equal counts the first in order
@@ -38,19 +38,20 @@ def test_byte_pair_encoding_is_the_naive_algorithm():
 def test_prepare_writes_what_train_reads(vocab_size, several, tmp_path, monkeypatch, command):
     end, source, folder = "<|endoftext|>", tmp_path, tmp_path / "tokens"
     texts = [f"{i} {TEXT}" for i in range(18 if several else 1)]
-    (source / "a.txt").write_text(end.join(texts[:10]) + end + " \n")  # the last is no document
+    (source / "a.txt").write_text(end + end.join(texts[:10]) + end + " \n")  # two are blank
     (source / "b.txt.xz").write_bytes(lzma.compress(end.join(texts[10:]).encode()))
     monkeypatch.setattr(prepare, "BLOCK", 11)  # marks and letters of two bytes are cut in two
-    flags = f"{source} {folder} --vocab_size {vocab_size} --held_out 0.1"
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *flags.split()])
+    argv = f"prepare.py {source} {folder} --vocab_size {vocab_size} --held_out 0.1".split()
+    monkeypatch.setattr(sys, "argv", argv)
     prepare.main()
-    *tokens, encoding, about = train.load_tokens(Namespace(data=folder, out_dir="", tokenizer=""))
-    assert encoding.n_vocab == vocab_size + 1 and about["tokens"] == sum(map(len, tokens))
-    assert about["characters"] == sum(map(len, texts)) and not any(folder.glob("*.part"))
+    *tokens, encoding, about = train.load_tokens(Namespace(data=folder))
+    pieces = Counter(p for text in texts for p in regex.findall(sample.PATTERN, text))
+    assert encoding._mergeable_ranks == prepare.train_bpe(pieces, vocab_size)
+    assert [about["tokens"], about["characters"]] == [sum(map(len, x)) for x in (tokens, texts)]
     found = [encoding.decode(part.tolist()) for part in tokens]
     if several:  # whole documents are held out, an end-of-text token behind each
-        kept = [text + end for i, text in enumerate(texts) if i not in (5, 15)]
-        assert found == ["".join(kept), texts[5] + end + texts[15] + end]
+        kept = "".join(text + end for i, text in enumerate(texts) if i not in (5, 15))
+        assert found == [kept, texts[5] + end + texts[15] + end]
     else:
         assert "".join(found) == texts[0] + end and len(tokens[1]) == about["tokens"] // 10
     (source / "c.xz").write_bytes(lzma.compress(TEXT.encode())[:-30])
@@ -60,9 +61,8 @@ def test_prepare_writes_what_train_reads(vocab_size, several, tmp_path, monkeypa
 def test_the_closed_form_is_the_sum_over_all_pairs():
     P, points, target = torch.rand(6, 5).softmax(-1), torch.randn(5, 4), torch.randint(5, (6,))
     D = torch.cdist(points, points) ** 0.7
-    diversity = sum(P[:, i] * P[:, j] * D[i, j] for i in range(5) for j in range(5))
-    fidelity = sum(P[:, i] * D[i, target] for i in range(5))
-    torch.testing.assert_close(energy_score_of_choice(P, D, target), diversity - 2 * fidelity)
+    expected = torch.einsum("ni,nj,ij->n", P, P, D) - 2 * torch.einsum("ni,in->n", P, D[:, target])
+    torch.testing.assert_close(energy_score_of_choice(P, D, target), expected)
     brier = 2 * P[range(6), target] - P.square().sum(-1)  # with equal distances, less 1
     torch.testing.assert_close(energy_score_of_choice(P, 1 - torch.eye(5), target), brier - 1)
 
@@ -77,8 +77,8 @@ def choice_calm(seed=0, vocab_size=5):  # of random numbers: no term hides behin
 
 def plain_P(head, h, chosen):
     """P of the choice after the choices `chosen`, for one hidden state (d,)."""
-    x = head.hidden(h) + sum(c.embedding.weight[i] for c, i in zip(head.choices, chosen))
     choice = head.choices[len(chosen)]
+    x = head.hidden(h) + sum(c.embedding.weight[i] for c, i in zip(head.choices, chosen))
     return choice.mlp(torch.cat([choice.norm(x), head.hidden(h)])).softmax(-1)
 
 

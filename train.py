@@ -206,7 +206,7 @@ def evaluate(model, held_out, batch_size):
     for batch in held_out.split(batch_size):
         share = len(batch) / len(held_out)
         if isinstance(model, Autoencoder):
-            batch = batch.view(-1, model.config.chunk_size)
+            batch = batch.reshape(-1, model.config.chunk_size)
         loss, metrics = model(batch)
         if isinstance(model, Autoencoder):
             metrics["accuracy_noise_0.3"] = model.accuracy(batch, noise=0.3)  # the paper's test

@@ -80,7 +80,7 @@ def train_bpe(pieces, vocab_size):
         count, pair = heapq.heappop(heap)
         if -count != pair_counts[pair] or -count < 2:
             continue  # the count has changed, and a newer entry has it; or it is not worth a token
-        ranks.setdefault(pair[0] + pair[1], len(ranks))  # two pairs can make the same bytes
+        ranks.setdefault(pair[0] + pair[1], len(ranks))  # no bytes twice
         changed = set()
         for i in words_with.pop(pair):
             old, words[i] = words[i], merge(words[i], pair)

@@ -19,7 +19,7 @@ TEXT = "low lower lowest slow slower, blow! The show below: 123 1234 élan élan
 
 
 def test_byte_pair_encoding_is_the_naive_algorithm():
-    pieces = TEXT.split() + [f"{i**3:b}" for i in range(60)]  # of 0 and 1: pairs make equal bytes
+    pieces = TEXT.split() + [f"{i**3:b}" for i in range(60)]  # long runs of 0 and 1
     ranks = {bytes([b]): b for b in range(256)}
     parts = [[bytes([b]) for b in piece.encode()] for piece in pieces]
     while len(ranks) < 290:  # all pairs counted anew; among equal counts the first in order

@@ -23,6 +23,7 @@ import torch
 from conftest import sample
 
 import train
+from autoencoder import Autoencoder, AutoencoderConfig
 
 SCRIPT = [sys.executable, train.__file__]
 SIZES = (
@@ -241,6 +242,14 @@ def test_a_mistake_is_one_sentence(undisturbed, tmp_path, monkeypatch, command, 
     for path in after.keys() - before.keys():
         weights = torch.load(path, weights_only=True)["weights"].values()
         assert all(weight.isfinite().all() for weight in weights)
+
+
+def test_a_score_depends_neither_on_the_batch_nor_on_the_layout_of_the_text():
+    """Reports score every n-th held-out sequence: those do not lie side by side in memory."""
+    model = Autoencoder(AutoencoderConfig(13, 4, 8, 16, 32)).eval()
+    some = torch.randint(13, (10, 32))[::2]
+    losses = [train.evaluate(model, some, batch_size)["val_loss"] for batch_size in (1, 2, 5)]
+    assert losses == pytest.approx([train.evaluate(model, some.clone(), 5)["val_loss"]] * 3)
 
 
 if __name__ == "__main__":

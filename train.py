@@ -173,6 +173,8 @@ def load_tokens(args):
             dist.barrier()
     train = np.memmap(folder / "train.bin", np.int32, mode="r")
     validation = np.memmap(folder / "validation.bin", np.int32, mode="r")
+    enough = min(len(train), len(validation)) >= args.context
+    assert enough, f"the text in {folder} is too short for --context {args.context}"
     about = json.loads((folder / "data.json").read_text())
     return train, validation, sample.load_tokenizer(args.tokenizer), about
 

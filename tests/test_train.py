@@ -203,6 +203,7 @@ def test_a_new_run_begins_with_neither_model_of_an_earlier_one(undisturbed, tmp_
     ("train --tokenizer text.txt", "text.txt"), ("train --chunk_size 3", "--chunk_size 3"),
     ("train --chunk_size 32", "36"), ("train --hidden_size 18 --n_heads 2", "hidden_size 18"),
     ("train --steps 0", "--steps"), ("train --lr nan", "--lr"), ("train --device abacus", "abacus"),
+    ("train --data run --context 20000", "too short"),
     ("train --out_dir text.txt", "text.txt"), ("train --out_dir new --resume", "--resume"),
     ("train --out_dir new --stage calm", "autoencoder.pt"),
     ("train --stage calm --chunk_size 8", "chunk_size"), ("train --n_samples 1", "n_samples"),

@@ -122,7 +122,7 @@ class EnergyHead(nn.Module):
         nn.init.zeros_(self.final[-1].weight)
 
     def forward(self, hidden, noise):
-        """noise (..., noise_size), hidden (..., d), with fewer leading ones if shared -> (..., l)."""
+        """noise (..., noise_size), hidden (..., d) or fewer leading dimensions  ->  (..., l)."""
         x = self.noise_norm(self.noise_in(noise))  # (..., d)
         c = self.hidden_norm(self.hidden_in(hidden))  # (..., d)
         c = c.expand_as(x)  # n draws share one hidden state

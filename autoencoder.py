@@ -1,9 +1,9 @@
 """The autoencoder: K tokens into one vector, and back.                      (CALM paper, section 2)
 
-CALM takes one step for a *chunk* of K tokens, for which a vector stands. It must be exact: the K
-tokens come back. And robust: the vectors that a language model predicts are always a bit wrong.
+The vector must be exact: the K tokens come back. And robust: the vectors that a language model
+predicts are always a bit wrong.
 
-    tokens (K)  --encode-->  posterior N(mean, std^2)  --draw-->  z (l)  --decode-->  logits (K, V)
+    a *chunk*, K tokens --encode--> posterior N(mean, std^2) --draw--> z --decode--> logits (K, V)
 
 Letters used for dimensions, here and in the other files:
     B  batch                T  tokens in a sequence    L  chunks in a sequence, T / K
@@ -25,7 +25,6 @@ NORM_EPS = 1e-6  # of every RMSNorm and LayerNorm, as released
 @dataclass
 class AutoencoderConfig:
     """The published autoencoder. `kl_floor` is the paper's lambda, `kl_weight` its beta."""
-
     vocab_size: int
     chunk_size: int = 4  # K
     latent_size: int = 128  # l
@@ -39,18 +38,16 @@ class AutoencoderConfig:
 
 
 def kl_divergence(mean, log_std, floor=0.0):
-    """KL( N(mean, std^2) || N(0, I) ) in nats: mean, log_std (..., l)  ->  (...). Each dimension's
-    share is at least `floor` ("KL clipping", paper section 2). Below the floor a dimension is not
-    pulled further towards the prior N(0, 1), where it would carry no information.
+    """KL( N(mean, std^2) || N(0, I) ), nats: mean, log_std (..., l) -> (...). Each dimension has
+    at least `floor`: none is pulled all the way to the prior ("KL clipping", paper section 2).
     """
     per_dimension = 0.5 * (mean**2 + torch.exp(2 * log_std) - 1 - 2 * log_std)  # (..., l)
     return per_dimension.clamp_min(floor).sum(-1)
 
 
 def init_by_width(module):
-    """For `module.apply`: linear maps start with std 1/sqrt(fan-in), embeddings with std 1: signals
-    keep their size at any width. The released code has std 0.02 = 1/sqrt(2500) for both, four times
-    too little for a map of width 128.
+    """Linear maps start with std 1/sqrt(fan-in), embeddings with std 1. The released code has 0.02
+    = 1/sqrt(2500) for both, four times too little for a width of 128.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -61,13 +58,13 @@ def init_by_width(module):
 
 
 def released_weights(folder, names):
-    """{our name: tensor} of a folder of released weights; names: pairs of parts, (theirs, ours)."""
+    """{our name: tensor} of a folder of released weights. names: pairs (theirs, ours) of parts."""
     released, weights = {}, {}
     for file in Path(folder).glob("pytorch_model*.bin"):
         released |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     for file in Path(folder).glob("*.safetensors"):
         try:
-            from safetensors.torch import load_file  # the one format that needs this package
+            from safetensors.torch import load_file  # needed by this format alone
         except ImportError:
             raise ValueError(f"{file} needs a package: pip install safetensors") from None
         released |= load_file(file)
@@ -80,7 +77,7 @@ def released_weights(folder, names):
 
 
 class SwiGLU(nn.Module):
-    """A gated MLP, as in LLaMA: (..., d) -> (..., d)."""
+    """A gated MLP: (..., d) -> (..., d)."""
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
@@ -93,7 +90,7 @@ class SwiGLU(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + SwiGLU(RMSNorm(x)): (..., d) -> (..., d). No attention: positions stay apart."""
+    """x + SwiGLU(RMSNorm(x)): (..., d) -> (..., d). No attention."""
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
@@ -107,7 +104,7 @@ class ResidualBlock(nn.Module):
 class Autoencoder(nn.Module):
     """Codes each chunk on its own.    (paper, section 2; in the released code `Autoencoder`)"""
 
-    RELEASED_NAMES = [  # parts of names in the released checkpoints, and what they are called here
+    RELEASED_NAMES = [  # parts of names in released checkpoints, and what they are called here
         ("encoder.embed_tokens", "embedding"), ("decoder.lm_head_weight", "embedding.weight"),
         ("encoder.encoder_layers", "encoder_blocks"), ("decoder.decoder_layers", "decoder_blocks"),
         ("encoder.squeeze_layer", "squeeze"), ("decoder.expand_layer", "expand"),
@@ -140,13 +137,13 @@ class Autoencoder(nn.Module):
         fields = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
                   "num_encoder_layers", "num_decoder_layers")
         assert released.keys() >= {*fields}, f"{folder}/config.json is not of an autoencoder"
-        with torch.device("meta"):  # shapes without memory: the weights are then put in place
+        with torch.device("meta"):  # shapes without memory, for the weights to come
             model = cls(AutoencoderConfig(*[released[field] for field in fields]))
         model.load_state_dict(released_weights(folder, cls.RELEASED_NAMES), assign=True)
         return model.eval()
 
     def encode(self, tokens):
-        """tokens (..., K) int  ->  mean, log_std of the posterior over z, each (..., l)."""
+        """tokens (..., K) int  ->  mean, log_std of the posterior of z, each (..., l)."""
         half = len(self.encoder_blocks) // 2
         x = self.embedding(tokens)  # (..., K, d)
         x = self.encoder_blocks[:half](x)
@@ -157,7 +154,7 @@ class Autoencoder(nn.Module):
         return mean, log_std
 
     def decode(self, latent):
-        """latent (..., l)  ->  logits (..., K, V), a distribution for each of the K tokens."""
+        """latent (..., l)  ->  logits (..., K, V)."""
         half = len(self.decoder_blocks) // 2
         x = self.from_latent(latent)  # (..., d)
         x = self.decoder_blocks[:half](x)
@@ -166,30 +163,28 @@ class Autoencoder(nn.Module):
         return F.linear(self.decoder_norm(x), self.embedding.weight)
 
     def forward(self, tokens):
-        """tokens (..., K) int  ->  loss (nats per chunk), metrics: scalars.      (paper, section 2)
+        """tokens (..., n·K) int  ->  loss (nats per chunk), metrics: scalars.   (paper, section 2)
         loss = K · CE(decoder(damaged z), tokens) + beta · KL. In evaluation, z is the mean.
         """
-        c, inputs = self.config, tokens
-        if self.training:  # DropToken: a lost token becomes id 0, and is guessed from the others
+        c = self.config
+        tokens = inputs = tokens.unflatten(-1, (-1, c.chunk_size))  # (..., n, K)
+        if self.training:  # DropToken: a lost token becomes id 0
             lost = torch.rand(tokens.shape, device=tokens.device) < c.dropout
             inputs = tokens.masked_fill(lost, 0)
-        mean, log_std = self.encode(inputs)  # (..., l) each
+        mean, log_std = self.encode(inputs)  # (..., n, l) each
         z = mean
-        if self.training:  # the decoder must be right in a whole neighbourhood …
+        if self.training:  # the decoder must be right in a whole neighbourhood of the mean
             z = mean + log_std.exp() * torch.randn_like(mean)
-            z = F.dropout(z, c.dropout)  # … and no token may hang on a single coordinate
-        logits = self.decode(z).float()  # (..., K, V)
+            z = F.dropout(z, c.dropout)
+        logits = self.decode(z).float()  # (..., n, K, V)
 
         # Cross-entropy is a mean over tokens: K times that is the loss of a chunk.
         reconstruction = c.chunk_size * F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
         kl = kl_divergence(mean.float(), log_std.float(), c.kl_floor).mean()
-        loss = reconstruction + c.kl_weight * kl
         metrics = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
-        return loss, metrics | {"accuracy": (logits.argmax(-1) == tokens).float().mean()}
-
-    @torch.no_grad()
-    def accuracy(self, tokens, noise=0.0):
-        """The share of tokens (..., K) that come back when z has Gaussian noise of std `noise`."""
-        mean, _ = self.encode(tokens)
-        logits = self.decode(mean + noise * torch.randn_like(mean))
-        return (logits.argmax(-1) == tokens).float().mean()
+        metrics["accuracy"] = (logits.argmax(-1) == tokens).float().mean()
+        if not self.training:  # the paper's test of robustness: noise on z
+            noisy = self.decode(mean + 0.3 * torch.randn_like(mean))
+            metrics["accuracy_noise_0.3"] = (noisy.argmax(-1) == tokens).float().mean()
+        loss = reconstruction + c.kl_weight * kl
+        return loss, metrics

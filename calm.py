@@ -1,11 +1,9 @@
 """CALM: a Transformer that predicts the next *vector*, and a score that needs nothing but samples.
 
-    tokens of chunk i --embed, compress--> one input --Transformer--> h --energy head--> z
-                                                                                         |
-                               tokens of chunk i+1 <--decoder of the frozen autoencoder--+
+    chunk i --embed, compress--> input --Transformer--> h --energy head--> z --decoder--> chunk i+1
 
-In this order: the backbone, a LLaMA-style Transformer; CALM; the discrete Transformer it compares
-with; BrierLM, a score for both. Letters: those of autoencoder.py, H attention heads, n samples.
+Below: the backbone; CALM; the discrete Transformer it compares with; BrierLM, a score for both.
+Letters: those of autoencoder.py, H attention heads, n samples.
 """
 
 import itertools
@@ -28,7 +26,6 @@ ROPE_THETA = 10_000.0  # base of the rotary position embedding, as in the releas
 @dataclass
 class CALMConfig:
     """The published CALM-M (371 M parameters)."""
-
     vocab_size: int
     chunk_size: int = 4  # K
     latent_size: int = 128  # l
@@ -38,16 +35,15 @@ class CALMConfig:
     n_heads: int = 16
     noise_size: int = 64  # of the energy head
     n_head_blocks: int = 4
-    n_samples: int = 8  # N, samples of the head for a position in the loss
-    n_targets: int = 100  # M, draws from the posterior for a position in the loss
+    n_samples: int = 8  # N, draws of the head for a position in the loss
+    n_targets: int = 100  # M, draws of the posterior for a position in the loss
     alpha: float = 1.0  # exponent of the distances in the loss
-    context: int = 8192  # tokens in a training sequence: 2048 steps
+    context: int = 8192  # tokens in a sequence: 2048 steps
 
 
 @dataclass
 class TransformerConfig:
-    """The discrete model that the paper compares with: Transformer-S (281 M parameters)."""
-
+    """The discrete model for comparison: the paper's Transformer-S (281 M parameters)."""
     vocab_size: int
     hidden_size: int = 768
     intermediate_size: int = 2048
@@ -61,16 +57,14 @@ class TransformerConfig:
 
 
 class KVCache:
-    """Keys and values of the steps already taken: the next step need not compute them again. To go
-    back in time, set `length`: the next step then takes the place of what came after.
-    """
+    """Keys and values of the steps already taken. To go back in time, lower `length`."""
 
     def __init__(self):
-        self.length = 0  # steps in the cache; the backbone counts them
+        self.length = 0  # steps in the cache
         self.keys, self.values = {}, {}  # layer number -> (B, H, steps, d/H)
 
     def append(self, layer, k, v):
-        """Adds the keys and values of new steps, (B, H, new, d/H); returns those of all steps."""
+        """Keys and values of new steps, (B, H, new, d/H)  ->  of all steps."""
         if self.length > 0:
             k = torch.cat([self.keys[layer][:, :, : self.length], k], dim=2)
             v = torch.cat([self.values[layer][:, :, : self.length], v], dim=2)
@@ -80,7 +74,7 @@ class KVCache:
 
 def rotate(x, positions):
     """Rotary position embedding: turns coordinates j and j + half of x (B, H, steps, size) by the
-    angle position · theta^(-j / half). So q·k depends on the difference of two positions.
+    angle position · theta^(-j / half). So q·k depends on the distance of two positions.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
@@ -91,12 +85,11 @@ def rotate(x, positions):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with RoPE: (B, steps, d) -> (B, steps, d)."""
+    """Causal self-attention: (B, steps, d) -> (B, steps, d)."""
 
     def __init__(self, config):
         super().__init__()
         d, self.H = config.hidden_size, config.n_heads
-        assert d % (2 * self.H) == 0, f"hidden_size {d} must be a multiple of 2 · {self.H} heads"
         self.query = nn.Linear(d, d, bias=False)
         self.key = nn.Linear(d, d, bias=False)
         self.value = nn.Linear(d, d, bias=False)
@@ -105,12 +98,12 @@ class Attention(nn.Module):
     def forward(self, x, positions, cache, layer):
         B, steps, d = x.shape
         q = self.query(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
-        k = self.key(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
-        v = self.value(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
+        k = self.key(x).view(B, steps, self.H, d // self.H).transpose(1, 2)
+        v = self.value(x).view(B, steps, self.H, d // self.H).transpose(1, 2)
         q = rotate(q, positions)
         k = rotate(k, positions)
         k, v = cache.append(layer, k, v)  # (B, H, all steps, d/H)
-        # A single new step sees everything before it: it needs no mask.
+        # A single new step sees all before it: it needs no mask.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=steps > 1)  # (B, H, steps, d/H)
         return self.out(x.transpose(1, 2).reshape(B, steps, d))
 
@@ -131,8 +124,8 @@ class TransformerBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The Transformer between inputs and hidden states: (B, steps, d) -> (B, steps, d). A step is a
-    chunk or a token. Given a cache, it goes on after the steps in it, one at a time.
+    """From inputs to hidden states: (B, steps, d) -> (B, steps, d); a step is a chunk or a token.
+    With a cache that is not empty, one step at a time.
     """
 
     def __init__(self, config):
@@ -141,8 +134,7 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
 
     def forward(self, x, cache=None):
-        if cache is None:
-            cache = KVCache()
+        cache = cache or KVCache()
         steps = x.shape[1]
         assert cache.length == 0 or steps == 1, "only an empty cache takes several steps at once"
         positions = torch.arange(cache.length, cache.length + steps, device=x.device)
@@ -158,7 +150,7 @@ class Backbone(nn.Module):
 class CALM(nn.Module):
     """A Transformer that predicts vectors.     (paper, section 3; released: `EnergyTransformer`)"""
 
-    RELEASED_NAMES = [  # parts of names in the released checkpoints, and what they are called here
+    RELEASED_NAMES = [
         ("generative_head.", "head."), ("mlp_generator.", "head."),  # the head, saved twice
         ("noise_embd", "noise_in"), ("norm_noise", "noise_norm"), ("hidden_embd", "hidden_in"),
         ("norm_hidden", "hidden_norm"), ("mlp_blocks", "blocks"), ("in_ln", "norm"),
@@ -175,22 +167,19 @@ class CALM(nn.Module):
         super().__init__()
         self.config = config
         d, K = config.hidden_size, config.chunk_size
-        for name in ("vocab_size", "chunk_size", "latent_size"):
-            ours, theirs = getattr(config, name), getattr(autoencoder.config, name)
-            assert ours == theirs, f"CALM has {name} {ours}, but its autoencoder has {theirs}"
         self.embedding = nn.Embedding(config.vocab_size, d)
         self.compression = nn.Sequential(
             nn.Linear(K * d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d), nn.LayerNorm(d, eps=NORM_EPS)
         )
         self.backbone = Backbone(config)
-        self.apply(init_by_width)  # the head and the autoencoder, below, have starts of their own
+        self.apply(init_by_width)  # not for the head and the autoencoder, below
         self.head = EnergyHead(d, config.latent_size, config.noise_size, config.n_head_blocks)
         self.autoencoder = autoencoder.eval().requires_grad_(False)  # the target stands still
 
     @classmethod
     def from_pretrained(cls, folder, autoencoder=None):
-        """The model in a folder of the released layout, in evaluation mode, with the copy of its
-        autoencoder that lies there, unless another is given.
+        """The model in a folder of the released layout, in evaluation mode. It has the autoencoder
+        of that folder, unless another is given.
         """
         released = json.loads(Path(folder, "config.json").read_text())
         fields = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
@@ -199,28 +188,23 @@ class CALM(nn.Module):
         config = CALMConfig(*[released[field] for field in fields])
         config.context = released["max_position_embeddings"] * config.chunk_size  # in tokens
         weights = released_weights(folder, cls.RELEASED_NAMES)
-        # The folder does not name the sizes of its autoencoder, but the weights have them.
+        # The folder does not name its autoencoder's sizes, but the weights have them.
         inner, d = weights["autoencoder.encoder_blocks.0.mlp.gate.weight"].shape
         sizes = (config.vocab_size, config.chunk_size, config.latent_size, d, inner)
-        with torch.device("meta"):  # shapes without memory: the weights are then put in place
+        with torch.device("meta"):  # shapes without memory, for the weights to come
             model = cls(config, Autoencoder(AutoencoderConfig(*sizes)))
         model.load_state_dict(weights, assign=True)
         if autoencoder is not None:
-            assert autoencoder.config == model.autoencoder.config, "the autoencoder does not fit"
+            assert autoencoder.config == model.autoencoder.config, "its sizes do not fit"
             model.autoencoder = autoencoder.requires_grad_(False)
         return model.eval()
 
-    def chunks(self, tokens):
-        """(B, T) -> (B, L, K)."""
-        K = self.config.chunk_size
-        assert tokens.shape[1] % K == 0, f"the tokens are not a whole number of chunks of {K}"
-        return tokens.unflatten(1, (-1, K))
-
     def compress(self, tokens):
         """(B, T) -> (B, L, d): the K embeddings of each chunk made one, the backbone's input."""
-        # Tokens, not latents: a generated vector is decoded first, so that small errors do not pile
-        # up from step to step. Latents as inputs were worse (paper, section 3).
-        x = self.embedding(self.chunks(tokens)).flatten(-2)  # (B, L, K·d)
+        # Tokens, not latents: the error of a generated vector ends with its decoding. Latents as
+        # inputs were worse (paper, section 3).
+        chunks = tokens.unflatten(1, (-1, self.config.chunk_size))  # (B, L, K)
+        x = self.embedding(chunks).flatten(-2)  # (B, L, K·d)
         return self.compression(x)
 
     def hidden_states(self, tokens, cache=None):
@@ -230,19 +214,23 @@ class CALM(nn.Module):
     def forward(self, tokens):
         """tokens (B, T)  ->  loss, metrics: scalars. Every chunk but the first is a target."""
         c = self.config
-        # After each chunk but the last, N draws of the next chunk's vector.
+        # N draws of the vector after each chunk but the last.
         hidden = self.hidden_states(tokens[:, : -c.chunk_size])  # (B, L-1, d)
         samples = self.head.sample(hidden, c.n_samples)  # (N, B, L-1, l)
-        # The target is what the frozen encoder says of the chunk that is really there.
+        # The target is what the frozen encoder says of the chunk that the text has there.
+        chunks = tokens.unflatten(1, (-1, c.chunk_size))  # (B, L, K)
         with torch.no_grad():
-            mean, log_std = self.autoencoder.encode(self.chunks(tokens)[:, 1:])  # (B, L-1, l)
+            mean, log_std = self.autoencoder.encode(chunks[:, 1:])  # (B, L-1, l)
         loss, fidelity, diversity = energy_loss(samples, mean, log_std, c.n_targets, c.alpha)
-        return loss, {"fidelity": fidelity.detach(), "diversity": diversity.detach()}
+        metrics = {"fidelity": fidelity.detach(), "diversity": diversity.detach()}
+        if not self.training:
+            metrics["confidence"] = self.confidence(hidden)
+        return loss, metrics
 
     @torch.no_grad()
     def draw_chunks(self, hidden, n, generator=None):
-        """n independent draws of the next chunk: hidden (..., d) -> (n, ..., K) int. The vector is
-        random; each token is the most probable one for it (paper, section 3).
+        """n draws of the next chunk: hidden (..., d) -> (n, ..., K) int. The vector is random; each
+        token is the most probable one for it (paper, section 3).
         """
         latents = self.head.sample(hidden, n, generator)  # (n, ..., l)
         parts = latents.flatten(0, -2).split(512)  # logits of 512 chunks of Llama 3 take 1 GB
@@ -251,8 +239,9 @@ class CALM(nn.Module):
 
     @torch.no_grad()
     def confidence(self, hidden):
-        """The decoder's probability of its best chunk for a draw, a mean over hidden (..., d): 1 if
-        draws lie at the vectors of chunks, less if they fall between."""
+        """The decoder's mean probability of its best chunk for a draw, hidden (..., d) -> a scalar:
+        1 if draws lie at the vectors of chunks, less if they fall between.
+        """
         z = self.head.sample(hidden, 1)[0]  # (..., l)
         best = self.autoencoder.decode(z).softmax(-1).amax(-1)  # (..., K)
         return best.prod(-1).mean()
@@ -262,7 +251,7 @@ class CALM(nn.Module):
 
 
 class TransformerLM(nn.Module):
-    """The ordinary language model on the same backbone. Its methods are CALM's with K = 1."""
+    """A language model on the same backbone. Its methods are CALM's with K = 1."""
 
     def __init__(self, config):
         super().__init__()
@@ -283,7 +272,7 @@ class TransformerLM(nn.Module):
 
     @torch.no_grad()
     def draw_chunks(self, hidden, n, generator=None, temperature=1.0):
-        """n independent draws of the next token: hidden (..., d) -> (n, ..., 1) int."""
+        """n draws of the next token: hidden (..., d) -> (n, ..., 1) int."""
         logits = self.unembedding(hidden).float() / temperature  # (..., V)
         P = logits.softmax(-1).flatten(0, -2)  # (rows, V)
         draws = P.multinomial(n, replacement=True, generator=generator)  # (rows, n)
@@ -294,8 +283,8 @@ class TransformerLM(nn.Module):
 #
 # The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2. For y ~ Q its mean
 # is sum_x Q(x)^2 - sum_x (P(x) - Q(x))^2: it is largest at P = Q. Samples estimate both terms
-# without bias: P(y) is how often a draw is y, and sum_x P(x)^2 is how often two draws are equal.
-# The outcome of Brier-n is the next n tokens, which must agree all together.
+# without bias: P(y) is how often a draw is y, and sum_x P(x)^2 how often two draws are equal. The
+# outcome of Brier-n is the next n tokens, all together.
 
 
 def prefix_matches(first, second):
@@ -304,8 +293,8 @@ def prefix_matches(first, second):
 
 
 def brier_score(first, second, target):
-    """The unbiased two-sample estimate of Brier-n, for n = 1 … min(K, 4): independent samples first
-    and second, and target, each (..., K) int  ->  (..., min(K, 4)) float.
+    """The unbiased estimate of Brier-n, n = 1 … min(K, 4), from independent samples first, second
+    and the text's target, each (..., K) int  ->  (..., min(K, 4)).
     """
     hits = prefix_matches(first, target) + prefix_matches(second, target)
     return hits - prefix_matches(first, second)
@@ -313,15 +302,14 @@ def brier_score(first, second, target):
 
 def brier_lm(brier):
     """BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4): four numbers -> float."""
-    # Each factor is floored at 0. The released code floors the product, which is positive for four
-    # negative estimates: a model that has learnt nothing then has a score.
+    # Each factor is floored at 0. (The released code floors the product.)
     factors = [max(float(b), 0.0) for b in brier]
     return 100 * math.prod(factors) ** (1 / 4)
 
 
 def draw_continuations(model, tokens, at, n):
-    """n continuations of at least 4 tokens after the chunks `at`, a list of P, and the text's own:
-    tokens (B, T)  ->  (n, B, P, >= 4), (B, P, >= 4).
+    """n continuations after the chunks `at`, a list of P numbers, and the text's own: tokens (B, T)
+    ->  (n, B, P, >= 4), (B, P, >= 4).
     """
     B, K = len(tokens), model.config.chunk_size
     n_chunks = math.ceil(4 / K)
@@ -330,8 +318,8 @@ def draw_continuations(model, tokens, at, n):
         hidden = model.hidden_states(tokens)  # (B, L, d)
         return model.draw_chunks(hidden[:, at], n), target
 
-    # For K < 4 a continuation takes several steps, one place after the other. The last place comes
-    # first: to go on at an earlier one, the cache only has to be shortened.
+    # For K < 4 a continuation takes several steps. The last place comes first: to go on at an
+    # earlier one, the cache only has to be shortened.
     cache = KVCache()
     hidden = model.hidden_states(tokens.repeat(n, 1), cache)  # (n·B, L, d)
     drawn = []
@@ -348,30 +336,29 @@ def draw_continuations(model, tokens, at, n):
 
 @torch.no_grad()
 def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samples=4):
-    """Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, tokens (T,) int.
+    """Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, tokens (T,) int: a dict of
+    "brier": [4], "brier_lm", "brier_lm_se" (its standard error), "context", "positions".
 
-    The text is cut into sequences of `context` tokens. Up to `positions` chunks of each, evenly
-    spaced, are predicted `n_samples` times from what is before them. (None: all chunks, but 8 K for
-    K < 4.) Returns {"brier": [4], "brier_lm", "brier_lm_se", "context", "positions"}; se is the
-    standard error.
+    The text is cut into sequences of `context` tokens. Of each, up to `positions` chunks, evenly
+    spaced, are predicted. (None: all chunks, but 8 K for K < 4.)
     """
     K = model.config.chunk_size
     assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"
     device = next(model.parameters()).device
-    n_places = context // K - math.ceil(4 / K)  # chunks with at least 4 tokens behind them
+    n_places = context // K - math.ceil(4 / K)  # with 4 tokens or more behind them
     if positions is None:
-        positions = n_places if K >= 4 else 8 * K  # small chunks take a loop over positions
+        positions = n_places if K >= 4 else 8 * K  # these take a loop
     at = list(range(0, n_places, math.ceil(n_places / positions)))
     sequences = tokens[: len(tokens) // context * context].view(-1, context)
     scores = []
     for batch in sequences.split(batch_size):
         drawn, target = draw_continuations(model, batch.to(device), at, n_samples)
-        # Each pair of samples gives an estimate; the mean over pairs is less noisy.
+        # Each pair of samples gives an estimate.
         pairs = [brier_score(x1, x2, target) for x1, x2 in itertools.combinations(drawn, 2)]
         scores.append(torch.stack(pairs).mean((0, 2)).cpu())  # (B, 4), by sequence
     scores = torch.cat(scores)
 
-    # The bootstrap: how much does the score vary over sequences drawn from these, with replacement?
+    # The bootstrap: how much does the score vary over sequences drawn with replacement?
     again = torch.randint(len(scores), (1000, len(scores)))
     resampled = torch.tensor([brier_lm(brier) for brier in scores[again].mean(1)])
     brier, error = scores.mean(0), resampled.std().item()

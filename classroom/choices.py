@@ -130,7 +130,8 @@ class ChoiceCALM(CALM):
         if not self.training:
             return super().forward(tokens)
         hidden = self.hidden_states(tokens[:, : -self.config.chunk_size])  # (B, L-1, d)
-        return self.head.loss(hidden, self.chunks(tokens)[:, 1:]), {}
+        chunks = tokens.unflatten(1, (-1, self.config.chunk_size))  # (B, L, K)
+        return self.head.loss(hidden, chunks[:, 1:]), {}
 
 
 def load(out_dir):

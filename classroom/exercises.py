@@ -74,7 +74,7 @@ random_head(EnergyHead, n_blocks=2)  # random weights, two blocks"""),
     Exercise(5, "calm.py", "brier_score",
         "2 P(y) takes P(y) from each of the two samples; sum P(x)^2 is how often the "
         "two are equal. prefix_matches() compares, for all n at once",
-        "single_cases or two_sample", 1e-4, """
+        "two_sample", 1e-4, """
 brier_score(tensor([1, 2, 3, 4]), tensor([1, 2, 3, 4]), tensor([1, 2, 3, 4]))  # 2 hits - 1
 brier_score(tensor([1, 2, 3, 4]), tensor([1, 2, 3, 4]), tensor([7, 2, 3, 4]))  # no hit, - 1
 brier_score(tensor([1, 2, 9, 4]), tensor([7, 2, 3, 4]), tensor([1, 2, 3, 4]))  # 1 hit for n = 1, 2
@@ -87,7 +87,7 @@ brier_lm(tensor([-0.1, -0.1, -0.1, -0.02]))  # each factor is 0"""),
         "n, a = inverse_temperature(…); draws = one_by_one(…), to be read by next(draws). Again "
         "and again: n new draws; if all are equal, and for a > 0 bernoulli_factory(…) is True, "
         "return one of them",
-        "exact_sampler or factory_with or too_many", 0.03, """
+        "exact_sampler or factory_with", 0.03, """
 temperature_sample_exact(script([1], [2], [2], [3], [4], [4]), 1 / 2)  # attempts 1 2, 2 3, 4 4
 temperature_sample_exact(script([1, 3], [1, 2], [1, 2], [1, 2]), 1 / 2)  # all tokens are equal
 temperature_sample_exact(script([5], [6]), 1)  # the first draw

@@ -58,7 +58,7 @@ def init_by_width(module):
 
 
 def released_weights(folder, names):
-    """{our name: tensor} of a folder of released weights. names: pairs (theirs, ours) of parts."""
+    """{our name: tensor} of released weights. names: parts to replace, in order, (theirs, ours)."""
     released, weights = {}, {}
     for file in Path(folder).glob("pytorch_model*.bin"):
         released |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -104,7 +104,7 @@ class ResidualBlock(nn.Module):
 class Autoencoder(nn.Module):
     """Codes each chunk on its own.    (paper, section 2; in the released code `Autoencoder`)"""
 
-    RELEASED_NAMES = [  # parts of names in released checkpoints, and what they are called here
+    RELEASED_NAMES = [  # in the authors' checkpoints, and here
         ("encoder.embed_tokens", "embedding"), ("decoder.lm_head_weight", "embedding.weight"),
         ("encoder.encoder_layers", "encoder_blocks"), ("decoder.decoder_layers", "decoder_blocks"),
         ("encoder.squeeze_layer", "squeeze"), ("decoder.expand_layer", "expand"),
@@ -163,21 +163,21 @@ class Autoencoder(nn.Module):
         return F.linear(self.decoder_norm(x), self.embedding.weight)
 
     def forward(self, tokens):
-        """tokens (..., n·K) int  ->  loss (nats per chunk), metrics: scalars.   (paper, section 2)
+        """tokens (..., L·K) int  ->  loss (nats per chunk), metrics: scalars.   (paper, section 2)
         loss = K · CE(decoder(damaged z), tokens) + beta · KL. In evaluation, z is the mean.
         """
         c = self.config
-        tokens = inputs = tokens.unflatten(-1, (-1, c.chunk_size))  # (..., n, K)
-        if self.training:  # DropToken: a lost token becomes id 0
+        tokens = tokens.unflatten(-1, (-1, c.chunk_size))  # (..., L, K)
+        inputs = tokens
+        if self.training:  # DropToken: id 0 for some, which must be guessed from the others
             lost = torch.rand(tokens.shape, device=tokens.device) < c.dropout
             inputs = tokens.masked_fill(lost, 0)
-        mean, log_std = self.encode(inputs)  # (..., n, l) each
+        mean, log_std = self.encode(inputs)  # (..., L, l) each
         z = mean
         if self.training:  # the decoder must be right in a whole neighbourhood of the mean
             z = mean + log_std.exp() * torch.randn_like(mean)
             z = F.dropout(z, c.dropout)
-        logits = self.decode(z).float()  # (..., n, K, V)
-
+        logits = self.decode(z).float()  # (..., L, K, V)
         # Cross-entropy is a mean over tokens: K times that is the loss of a chunk.
         reconstruction = c.chunk_size * F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
         kl = kl_divergence(mean.float(), log_std.float(), c.kl_floor).mean()

@@ -57,7 +57,7 @@ class TransformerConfig:
 
 
 class KVCache:
-    """Keys and values of the steps already taken. To go back in time, lower `length`."""
+    """Keys and values of the steps taken. To go back, `draw_continuations` lowers `length`."""
 
     def __init__(self):
         self.length = 0  # steps in the cache
@@ -74,7 +74,8 @@ class KVCache:
 
 def rotate(x, positions):
     """Rotary position embedding: turns coordinates j and j + half of x (B, H, steps, size) by the
-    angle position · theta^(-j / half). So q·k depends on the distance of two positions.
+    angle position · theta^(-j / half). Two vectors turned by one angle keep their product, so q·k
+    knows only the difference of positions.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
@@ -174,7 +175,7 @@ class CALM(nn.Module):
         self.backbone = Backbone(config)
         self.apply(init_by_width)  # not for the head and the autoencoder, below
         self.head = EnergyHead(d, config.latent_size, config.noise_size, config.n_head_blocks)
-        self.autoencoder = autoencoder.eval().requires_grad_(False)  # the target stands still
+        self.autoencoder = autoencoder.requires_grad_(False)  # the target stands still
 
     @classmethod
     def from_pretrained(cls, folder, autoencoder=None):
@@ -201,8 +202,8 @@ class CALM(nn.Module):
 
     def compress(self, tokens):
         """(B, T) -> (B, L, d): the K embeddings of each chunk made one, the backbone's input."""
-        # Tokens, not latents: the error of a generated vector ends with its decoding. Latents as
-        # inputs were worse (paper, section 3).
+        # Tokens, not vectors: a generated vector becomes tokens first, so its error does not go on.
+        # Vectors as inputs were worse (paper, section 3).
         chunks = tokens.unflatten(1, (-1, self.config.chunk_size))  # (B, L, K)
         x = self.embedding(chunks).flatten(-2)  # (B, L, K·d)
         return self.compression(x)
@@ -239,11 +240,11 @@ class CALM(nn.Module):
 
     @torch.no_grad()
     def confidence(self, hidden):
-        """The decoder's mean probability of its best chunk for a draw, hidden (..., d) -> a scalar:
-        1 if draws lie at the vectors of chunks, less if they fall between.
+        """How sure is the decoder of what it reads in a draw? hidden (..., d) -> a scalar: 1 if
+        draws lie at the vectors of chunks, less if they fall between.
         """
-        z = self.head.sample(hidden, 1)[0]  # (..., l)
-        best = self.autoencoder.decode(z).softmax(-1).amax(-1)  # (..., K)
+        z = self.head.sample(hidden.flatten(0, -2)[:512], 1)[0]  # (512, l)
+        best = self.autoencoder.decode(z).softmax(-1).amax(-1)  # (512, K)
         return best.prod(-1).mean()
 
 
@@ -282,9 +283,9 @@ class TransformerLM(nn.Module):
 # -------------------- BrierLM    (paper, section 4)
 #
 # The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2. For y ~ Q its mean
-# is sum_x Q(x)^2 - sum_x (P(x) - Q(x))^2: it is largest at P = Q. Samples estimate both terms
-# without bias: P(y) is how often a draw is y, and sum_x P(x)^2 how often two draws are equal. The
-# outcome of Brier-n is the next n tokens, all together.
+# is sum_x 2 P Q - P^2 = sum_x Q^2 - (P - Q)^2, largest at P = Q. Samples estimate both terms: P(y)
+# is how often a draw is y, and sum_x P(x)^2 how often two draws are equal. The outcome of Brier-n
+# is the next n tokens, all together.
 
 
 def prefix_matches(first, second):
@@ -302,14 +303,14 @@ def brier_score(first, second, target):
 
 def brier_lm(brier):
     """BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4): four numbers -> float."""
-    # Each factor is floored at 0. (The released code floors the product.)
+    # Each factor is floored at 0; as released, the product is.
     factors = [max(float(b), 0.0) for b in brier]
     return 100 * math.prod(factors) ** (1 / 4)
 
 
 def draw_continuations(model, tokens, at, n):
-    """n continuations after the chunks `at`, a list of P numbers, and the text's own: tokens (B, T)
-    ->  (n, B, P, >= 4), (B, P, >= 4).
+    """n continuations after the chunks `at`, a list of A numbers, and the text's own: tokens (B, T)
+    ->  (n, B, A, >= 4), (B, A, >= 4).
     """
     B, K = len(tokens), model.config.chunk_size
     n_chunks = math.ceil(4 / K)
@@ -340,12 +341,12 @@ def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samp
     "brier": [4], "brier_lm", "brier_lm_se" (its standard error), "context", "positions".
 
     The text is cut into sequences of `context` tokens. Of each, up to `positions` chunks, evenly
-    spaced, are predicted. (None: all chunks, but 8 K for K < 4.)
+    spaced, are predicted: by default all, but 8 K for K < 4.
     """
     K = model.config.chunk_size
     assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"
     device = next(model.parameters()).device
-    n_places = context // K - math.ceil(4 / K)  # with 4 tokens or more behind them
+    n_places = context // K - math.ceil(4 / K)  # 4 tokens or more must follow
     if positions is None:
         positions = n_places if K >= 4 else 8 * K  # these take a loop
     at = list(range(0, n_places, math.ceil(n_places / positions)))
@@ -355,7 +356,7 @@ def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samp
         drawn, target = draw_continuations(model, batch.to(device), at, n_samples)
         # Each pair of samples gives an estimate.
         pairs = [brier_score(x1, x2, target) for x1, x2 in itertools.combinations(drawn, 2)]
-        scores.append(torch.stack(pairs).mean((0, 2)).cpu())  # (B, 4), by sequence
+        scores.append(torch.stack(pairs).mean((0, 2)).cpu())  # (pairs, B, A, 4) -> (B, 4)
     scores = torch.cat(scores)
 
     # The bootstrap: how much does the score vary over sequences drawn with replacement?

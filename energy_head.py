@@ -18,10 +18,10 @@ NORM_EPS = 1e-6  # as in autoencoder.py: this file imports none of the others
 #
 #     S(P, y) = E |x' - x''|^alpha  -  2 E |x - y|^alpha,      x, x', x'' independent draws from P
 #
-# For 0 < alpha < 2 it is *strictly proper*: on average over y ~ Q it is largest at P = Q, and only
-# there. The second expectation, "fidelity", pulls the samples to the data. The first, "diversity",
-# keeps them apart, or all would move to the median. At P = Q the two are equal. At alpha = 2 the
-# score knows only the mean of P.
+# For 0 < alpha < 2 it is *strictly proper*: if the truth is Q, the mean over y ~ Q is largest at
+# P = Q, and only there. The second expectation, "fidelity", pulls draws to the data; alone it would
+# pull all to one point, the median of Q. The first, "diversity", keeps them apart. At P = Q the two
+# are equal. (At alpha = 2 the score is -2 |mean of P - y|^2: it knows only the mean.)
 
 
 def fidelity_and_diversity(x, y, alpha):
@@ -31,7 +31,7 @@ def fidelity_and_diversity(x, y, alpha):
     N = x.shape[-2]
     assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
     assert N >= 2, "the diversity of a sampler needs at least 2 samples"
-    # |.|^alpha has no finite slope at 0 for alpha < 1: the clamp gives equal points the gradient 0.
+    # |.|^alpha has no finite slope at 0 for alpha < 1. Below the clamp the slope is 0.
     to_targets = torch.cdist(x, y).clamp_min(1e-12) ** alpha  # (..., N, M)
     to_each_other = torch.cdist(x, x).clamp_min(1e-12) ** alpha  # (..., N, N)
     fidelity = to_targets.mean((-1, -2))
@@ -58,8 +58,7 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
     samples (N, ..., l), mean and log_std (..., l)  ->  loss, fidelity, diversity: scalars, with
     loss = 2 · fidelity - diversity. The gap of the two shows how far the head still is.
 
-    All positions share their M draws of noise, which is unbiased. (The released code draws anew for
-    each, and holds all N·M differences at once.)
+    All positions share M draws of noise, which changes no mean.
     """
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
     shape = (n_targets, mean.shape[-1])  # (M, l)
@@ -113,11 +112,11 @@ class EnergyHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
-        # The last map starts at zero: every first draw is the origin, whatever the noise.
+        # As released, the last map starts at zero: every first draw is the origin.
         nn.init.zeros_(self.final[-1].weight)
 
     def forward(self, hidden, noise):
-        """noise (..., noise_size), hidden (..., d) or fewer leading dimensions  ->  (..., l)."""
+        """hidden (..., d) or with fewer dimensions, noise (..., noise_size)  ->  (..., l)."""
         x = self.noise_norm(self.noise_in(noise))  # (..., d)
         c = self.hidden_norm(self.hidden_in(hidden))  # (..., d)
         c = c.expand_as(x)  # n draws share one hidden state
@@ -129,4 +128,4 @@ class EnergyHead(nn.Module):
         """n independent draws for each hidden state: (..., d)  ->  (n, ..., l)."""
         shape = (n, *hidden.shape[:-1], self.noise_size)
         noise = torch.rand(shape, generator=generator, device=hidden.device, dtype=hidden.dtype)
-        return self(hidden, noise - 0.5)  # uniform in [-1/2, 1/2)
+        return self(hidden, noise - 0.5)  # uniform in [-1/2, 1/2), as released

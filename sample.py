@@ -2,7 +2,7 @@
 
 A softmax is sharpened by dividing logits by T: P(x) becomes P(x)^(1/T) / Z. CALM has no logits, it
 can only be drawn from. But counting draws is enough: n of them are all x with probability P(x)^n.
-Letters: those of autoencoder.py, N draws in a pool. In formulas T is the temperature.
+Letters: those of autoencoder.py, N draws in a pool. In 1/T, T is the temperature.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def inverse_temperature(temperature):
     assert 1e-6 <= temperature <= 1, f"the temperature must be above 0 and at most 1: {temperature}"
     n = math.floor(1 / temperature + 0.004)  # 0.333 means 1/3
     a = 1 / temperature - n
-    return n, a if a > 0.004 else 0.0
+    return n, (a if a > 0.004 else 0.0)
 
 
 def one_by_one(draw, max_draws, block=256):
@@ -40,9 +40,9 @@ def bernoulli_factory(draws, x, a, generator=None):
     """True with probability P(x)^a, 0 < a < 1. draws: an iterator over draws of P; x (K,).
 
     At the i-th draw: if it is x, accept; if not, give up with probability a/i. With q = 1 - P(x),
-    trial i+1 is reached with probability  q^i (1 - a/1) (1 - a/2) … (1 - a/i).  The sum over i is
-    the binomial series of (1 - q)^(a-1) = P(x)^(a-1), the mean number of trials. Each accepts with
-    probability P(x), so all together accept with probability P(x)^a.
+    the mean number of trials is  1 + q (1 - a) + q^2 (1 - a) (1 - a/2) + …,  the probabilities to
+    come to trial 1, 2, 3, … That is the binomial series of (1 - q)^(a-1) = P(x)^(a-1). Each trial
+    accepts with probability P(x), so all together accept with probability P(x)^a.
     """
     for i in itertools.count(1):
         if torch.equal(next(draws), x):
@@ -87,7 +87,8 @@ def temperature_sample_batch(pool, temperature, generator=None):
         c = counts.double()
         log_weights = torch.lgamma(c + 1) - torch.lgamma((c - power).clamp_min(-0.999) + 1)
         weights = log_weights.masked_fill(counts < least, -torch.inf).softmax(0)
-        chosen.append(values[weights.multinomial(1, generator=generator)[0]])
+        u = torch.rand((), generator=generator, device=pool.device).item()
+        chosen.append(values[(weights.cumsum(0) < u).sum()])
     return torch.stack(chosen).view(*pool.shape[:-2], -1).to(pool.device)
 
 
@@ -115,8 +116,8 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
     """Continues each prompt: (B, T) int, T >= K  ->  (B, T + n_tokens) int. `pool`: the number of
     draws for the batch method; None: the exact method.
 
-    The model reads whole chunks. In training they began anywhere in the text, so the first T mod K
-    tokens of a prompt may stay unread. (The released code pads inside the text.)
+    The model reads whole chunks, so the first T mod K tokens of a prompt stay unread: in training,
+    too, chunks began anywhere.
     """
     K, T = model.config.chunk_size, prompt.shape[1]
     assert T >= K, f"a prompt must have at least {K} tokens, one chunk"

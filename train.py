@@ -24,7 +24,7 @@ from calm import CALMConfig, TransformerConfig, evaluate_brier
 
 # -------------------- Settings: each row is a flag, each preset a column of defaults
 
-PRESETS = ("quick", "gpu", "calm_m")  # two CPU cores, minutes; one GPU, hours; as published
+PRESETS = ("quick", "gpu", "calm_m")  # minutes on two CPU cores; hours on a GPU; as published
 SETTINGS = {
     "tokenizer": ("bytes", "gpt2", "gpt2", "bytes, a name of tiktoken's, or a file of ranks"),
     "chunk_size": (4, 4, 4, "K, tokens in a chunk"),
@@ -46,7 +46,7 @@ SETTINGS = {
 BETAS, WEIGHT_DECAY, GRADIENT_CLIP = (0.9, 0.95), 0.1, 1.0  # as published
 LINE_SECONDS = 10  # between two lines on the screen
 HELD_OUT, STRIDE = 1024, 16  # sequences for the last score; the scores before take every 16th
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
 
 
 def parse_settings():
@@ -225,12 +225,11 @@ def train(kind, model, configs, args, data):
     optimiser = torch.optim.AdamW([matrices, vectors], betas=BETAS, fused=True)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
     # Half precision with --dtype. Never TF32: the distances in the loss need all digits.
-    half = args.dtype != "float32"
-    precision = torch.autocast(args.device, getattr(torch, args.dtype), enabled=half)
+    half = torch.autocast(args.device, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
-    if RANK == 0 and not args.resume:  # what is there is of an earlier run
+    if RANK == 0 and not args.resume:  # an earlier run's models go
         path.unlink(missing_ok=True)
         if kind == "autoencoder":
             path.with_name("calm.pt").unlink(missing_ok=True)
@@ -260,7 +259,7 @@ def train(kind, model, configs, args, data):
         for i, part in enumerate(batch.chunk(n_parts)):
             if WORLD > 1:  # exchange gradients once a step, with the last part
                 forward.require_backward_grad_sync = i == n_parts - 1
-            with precision:
+            with half:
                 loss, _ = forward(part)
             scaler.scale(loss / n_parts).backward()
 
@@ -274,7 +273,7 @@ def train(kind, model, configs, args, data):
         # Every few seconds, a line on the screen. Reading the loss makes a GPU wait.
         now = time.monotonic()
         if step == done + 1:
-            start, line_at = now - seconds, now  # the first step, which compiles, has no time
+            start, line_at = now - seconds, now  # now - start: training time, but for this step
         evaluating = step % args.eval_interval == 0 or step == steps
         if RANK > 0 or not (evaluating or now - line_at > LINE_SECONDS):
             continue
@@ -287,7 +286,7 @@ def train(kind, model, configs, args, data):
         # Now and then a score on held-out text …
         if evaluating:
             some = held_out if step == steps else held_out[::STRIDE]
-            scores = evaluate(model.eval(), some, args.batch_size // n_parts)
+            scores = evaluate(model.eval(), some, len(part))
             model.train()
             row = {"stage": kind, "step": step, "tokens": tokens, "seconds": seconds, "loss": loss}
             log.append(row | scores | {"parameters": sum(p.numel() for p in trained)})
@@ -334,7 +333,8 @@ def main():
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-    data = _, _, encoding, about = load_tokens(args)
+    data = load_tokens(args)
+    _, _, encoding, about = data
     configs = model_configs(args, encoding.n_vocab)
 
     stages = {"all": ("autoencoder", "calm")}

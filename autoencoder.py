@@ -30,8 +30,8 @@ class AutoencoderConfig:
     latent_size: int = 128  # l
     hidden_size: int = 512  # d
     intermediate_size: int = 1280  # inner width of SwiGLU
-    n_encoder_layers: int = 2  # half of them before the squeeze, half after
-    n_decoder_layers: int = 2  # half of them before the expansion, half after
+    n_encoder_layers: int = 2  # half of them before the squeeze
+    n_decoder_layers: int = 2  # half of them before the expansion
     dropout: float = 0.15  # of input tokens and of coordinates of z
     kl_floor: float = 0.5
     kl_weight: float = 1e-3
@@ -46,8 +46,8 @@ def kl_divergence(mean, log_std, floor=0.0):
 
 
 def init_by_width(module):
-    """Linear maps start with std 1/sqrt(fan-in), embeddings with std 1. The released code has 0.02
-    = 1/sqrt(2500) for both, four times too little for a width of 128.
+    """Linear maps start with std 1/sqrt(fan-in), embeddings with std 1. The released code has 0.02,
+    which is 1/sqrt(2500), for both.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -64,7 +64,7 @@ def released_weights(folder, names):
         released |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     for file in Path(folder).glob("*.safetensors"):
         try:
-            from safetensors.torch import load_file  # needed by this format alone
+            from safetensors.torch import load_file
         except ImportError:
             raise ValueError(f"{file} needs a package: pip install safetensors") from None
         released |= load_file(file)
@@ -137,13 +137,13 @@ class Autoencoder(nn.Module):
         fields = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
                   "num_encoder_layers", "num_decoder_layers")
         assert released.keys() >= {*fields}, f"{folder}/config.json is not of an autoencoder"
-        with torch.device("meta"):  # shapes without memory, for the weights to come
+        with torch.device("meta"):  # shapes without memory
             model = cls(AutoencoderConfig(*[released[field] for field in fields]))
         model.load_state_dict(released_weights(folder, cls.RELEASED_NAMES), assign=True)
         return model.eval()
 
     def encode(self, tokens):
-        """tokens (..., K) int  ->  mean, log_std of the posterior of z, each (..., l)."""
+        """tokens (..., K) int -> mean, log_std of the posterior of z, each (..., l)."""
         half = len(self.encoder_blocks) // 2
         x = self.embedding(tokens)  # (..., K, d)
         x = self.encoder_blocks[:half](x)
@@ -154,7 +154,7 @@ class Autoencoder(nn.Module):
         return mean, log_std
 
     def decode(self, latent):
-        """latent (..., l)  ->  logits (..., K, V)."""
+        """latent (..., l) -> logits (..., K, V)."""
         half = len(self.decoder_blocks) // 2
         x = self.from_latent(latent)  # (..., d)
         x = self.decoder_blocks[:half](x)
@@ -163,7 +163,7 @@ class Autoencoder(nn.Module):
         return F.linear(self.decoder_norm(x), self.embedding.weight)
 
     def forward(self, tokens):
-        """tokens (..., L·K) int  ->  loss (nats per chunk), metrics: scalars.   (paper, section 2)
+        """tokens (..., L·K) int -> loss (nats per chunk), metrics: scalars.   (paper, section 2)
         loss = K · CE(decoder(damaged z), tokens) + beta · KL. In evaluation, z is the mean.
         """
         c = self.config

@@ -2,7 +2,6 @@
 
     chunk i --embed, compress--> input --Transformer--> h --energy head--> z --decoder--> chunk i+1
 
-Below: the backbone; CALM; the discrete Transformer it compares with; BrierLM, a score for both.
 Letters: those of autoencoder.py, H attention heads, n samples.
 """
 
@@ -35,15 +34,15 @@ class CALMConfig:
     n_heads: int = 16
     noise_size: int = 64  # of the energy head
     n_head_blocks: int = 4
-    n_samples: int = 8  # N, draws of the head for a position in the loss
-    n_targets: int = 100  # M, draws of the posterior for a position in the loss
+    n_samples: int = 8  # N, draws of the head for a position
+    n_targets: int = 100  # M, draws of the posterior for a position
     alpha: float = 1.0  # exponent of the distances in the loss
     context: int = 8192  # tokens in a sequence: 2048 steps
 
 
 @dataclass
 class TransformerConfig:
-    """The discrete model for comparison: the paper's Transformer-S (281 M parameters)."""
+    """The paper's discrete Transformer-S (281 M parameters)."""
     vocab_size: int
     hidden_size: int = 768
     intermediate_size: int = 2048
@@ -53,7 +52,7 @@ class TransformerConfig:
     chunk_size = 1  # not a field: a step is always one token
 
 
-# -------------------- The backbone
+# ------ The backbone
 
 
 class KVCache:
@@ -64,7 +63,7 @@ class KVCache:
         self.keys, self.values = {}, {}  # layer number -> (B, H, steps, d/H)
 
     def append(self, layer, k, v):
-        """Keys and values of new steps, (B, H, new, d/H)  ->  of all steps."""
+        """Keys and values of new steps, (B, H, new, d/H) -> of all steps."""
         if self.length > 0:
             k = torch.cat([self.keys[layer][:, :, : self.length], k], dim=2)
             v = torch.cat([self.values[layer][:, :, : self.length], v], dim=2)
@@ -74,8 +73,8 @@ class KVCache:
 
 def rotate(x, positions):
     """Rotary position embedding: turns coordinates j and j + half of x (B, H, steps, size) by the
-    angle position · theta^(-j / half). Two vectors turned by one angle keep their product, so q·k
-    knows only the difference of positions.
+    angle position · theta^(-j / half). Turned by the same angle, two vectors keep their product:
+    q·k knows only the difference of positions.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
@@ -125,9 +124,7 @@ class TransformerBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """From inputs to hidden states: (B, steps, d) -> (B, steps, d); a step is a chunk or a token.
-    With a cache that is not empty, one step at a time.
-    """
+    """(B, steps, d) -> (B, steps, d); a step is a chunk or a token. With a cache, one at a time."""
 
     def __init__(self, config):
         super().__init__()
@@ -137,7 +134,6 @@ class Backbone(nn.Module):
     def forward(self, x, cache=None):
         cache = cache or KVCache()
         steps = x.shape[1]
-        assert cache.length == 0 or steps == 1, "only an empty cache takes several steps at once"
         positions = torch.arange(cache.length, cache.length + steps, device=x.device)
         for layer, block in enumerate(self.blocks):
             x = block(x, positions, cache, layer)
@@ -145,7 +141,7 @@ class Backbone(nn.Module):
         return self.norm(x)
 
 
-# -------------------- CALM
+# ------ CALM
 
 
 class CALM(nn.Module):
@@ -179,8 +175,8 @@ class CALM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, autoencoder=None):
-        """The model in a folder of the released layout, in evaluation mode. It has the autoencoder
-        of that folder, unless another is given.
+        """The model in a folder of the released layout, with the autoencoder there unless another
+        is given, in evaluation mode.
         """
         released = json.loads(Path(folder, "config.json").read_text())
         fields = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
@@ -192,7 +188,7 @@ class CALM(nn.Module):
         # The folder does not name its autoencoder's sizes, but the weights have them.
         inner, d = weights["autoencoder.encoder_blocks.0.mlp.gate.weight"].shape
         sizes = (config.vocab_size, config.chunk_size, config.latent_size, d, inner)
-        with torch.device("meta"):  # shapes without memory, for the weights to come
+        with torch.device("meta"):  # shapes without memory
             model = cls(config, Autoencoder(AutoencoderConfig(*sizes)))
         model.load_state_dict(weights, assign=True)
         if autoencoder is not None:
@@ -202,8 +198,7 @@ class CALM(nn.Module):
 
     def compress(self, tokens):
         """(B, T) -> (B, L, d): the K embeddings of each chunk made one, the backbone's input."""
-        # Tokens, not vectors: a generated vector becomes tokens first, so its error does not go on.
-        # Vectors as inputs were worse (paper, section 3).
+        # Tokens, not vectors: so the error of a generated vector is not fed back.
         chunks = tokens.unflatten(1, (-1, self.config.chunk_size))  # (B, L, K)
         x = self.embedding(chunks).flatten(-2)  # (B, L, K·d)
         return self.compression(x)
@@ -213,7 +208,7 @@ class CALM(nn.Module):
         return self.backbone(self.compress(tokens), cache)
 
     def forward(self, tokens):
-        """tokens (B, T)  ->  loss, metrics: scalars. Every chunk but the first is a target."""
+        """tokens (B, T) -> loss, metrics: scalars. Every chunk but the first is a target."""
         c = self.config
         # N draws of the vector after each chunk but the last.
         hidden = self.hidden_states(tokens[:, : -c.chunk_size])  # (B, L-1, d)
@@ -224,8 +219,17 @@ class CALM(nn.Module):
             mean, log_std = self.autoencoder.encode(chunks[:, 1:])  # (B, L-1, l)
         loss, fidelity, diversity = energy_loss(samples, mean, log_std, c.n_targets, c.alpha)
         metrics = {"fidelity": fidelity.detach(), "diversity": diversity.detach()}
-        if not self.training:
-            metrics["confidence"] = self.confidence(hidden)
+        if not self.training:  # how sure is the decoder of what it reads in a draw?
+            z = samples[0].detach().flatten(0, 1)[:512]  # (512, l)
+            best = self.autoencoder.decode(z).softmax(-1).amax(-1)  # (512, K)
+            metrics["confidence"] = best.prod(-1).mean()
+        return loss, metrics
+        # Nested distances: draws that are right in their first tokens gain by it.
+        noise = torch.randn(c.n_targets, 1, 1, c.latent_size, device=mean.device)
+        targets = mean + log_std.exp() * noise  # (M, B, L-1, l)
+        for part in self.parts:  # (l, n·l/K)
+            score = energy_score(samples @ part, targets @ part, alpha=0.25)  # (B, L-1)
+            loss = loss - c.nested * score.mean()
         return loss, metrics
 
     @torch.no_grad()
@@ -238,17 +242,8 @@ class CALM(nn.Module):
         tokens = torch.cat([self.autoencoder.decode(part).argmax(-1) for part in parts])
         return tokens.view(*latents.shape[:-1], -1)
 
-    @torch.no_grad()
-    def confidence(self, hidden):
-        """How sure is the decoder of what it reads in a draw? hidden (..., d) -> a scalar: 1 if
-        draws lie at the vectors of chunks, less if they fall between.
-        """
-        z = self.head.sample(hidden.flatten(0, -2)[:512], 1)[0]  # (512, l)
-        best = self.autoencoder.decode(z).softmax(-1).amax(-1)  # (512, K)
-        return best.prod(-1).mean()
 
-
-# -------------------- The discrete Transformer, for comparison
+# ------ The discrete Transformer, for comparison
 
 
 class TransformerLM(nn.Module):
@@ -263,11 +258,11 @@ class TransformerLM(nn.Module):
         self.apply(init_by_width)
 
     def hidden_states(self, tokens, cache=None):
-        """(B, T) -> (B, T, d): the state at token i has seen tokens 0 … i and predicts i+1."""
+        """(B, T) -> (B, T, d)."""
         return self.backbone(self.embedding(tokens), cache)
 
     def forward(self, tokens):
-        """tokens (B, T)  ->  loss (cross-entropy, nats per token), metrics (none)."""
+        """tokens (B, T) -> loss (cross-entropy, nats per token), metrics (none)."""
         logits = self.unembedding(self.hidden_states(tokens[:, :-1])).float()  # (B, T-1, V)
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), {}
 
@@ -280,7 +275,7 @@ class TransformerLM(nn.Module):
         return draws.T.reshape(n, *hidden.shape[:-1], 1)
 
 
-# -------------------- BrierLM    (paper, section 4)
+# ------ BrierLM    (paper, section 4)
 #
 # The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2. For y ~ Q its mean
 # is sum_x 2 P Q - P^2 = sum_x Q^2 - (P - Q)^2, largest at P = Q. Samples estimate both terms: P(y)
@@ -295,7 +290,7 @@ def prefix_matches(first, second):
 
 def brier_score(first, second, target):
     """The unbiased estimate of Brier-n, n = 1 … min(K, 4), from independent samples first, second
-    and the text's target, each (..., K) int  ->  (..., min(K, 4)).
+    and the text's target, each (..., K) int -> (..., min(K, 4)).
     """
     hits = prefix_matches(first, target) + prefix_matches(second, target)
     return hits - prefix_matches(first, second)
@@ -303,14 +298,14 @@ def brier_score(first, second, target):
 
 def brier_lm(brier):
     """BrierLM = 100 · (Brier-1 · Brier-2 · Brier-3 · Brier-4)^(1/4): four numbers -> float."""
-    # Each factor is floored at 0; as released, the product is.
+    # Each factor is floored at 0: two negative ones have a positive product.
     factors = [max(float(b), 0.0) for b in brier]
     return 100 * math.prod(factors) ** (1 / 4)
 
 
 def draw_continuations(model, tokens, at, n):
-    """n continuations after the chunks `at`, a list of A numbers, and the text's own: tokens (B, T)
-    ->  (n, B, A, >= 4), (B, A, >= 4).
+    """n continuations after the chunks `at` (A numbers), and the text's own: tokens (B, T)  ->
+    (n, B, A, >= 4), (B, A, >= 4).
     """
     B, K = len(tokens), model.config.chunk_size
     n_chunks = math.ceil(4 / K)
@@ -319,8 +314,8 @@ def draw_continuations(model, tokens, at, n):
         hidden = model.hidden_states(tokens)  # (B, L, d)
         return model.draw_chunks(hidden[:, at], n), target
 
-    # For K < 4 a continuation takes several steps. The last place comes first: to go on at an
-    # earlier one, the cache only has to be shortened.
+    # For K < 4 a continuation takes several steps. The last place comes first: for an earlier one,
+    # the cache is shortened.
     cache = KVCache()
     hidden = model.hidden_states(tokens.repeat(n, 1), cache)  # (n·B, L, d)
     drawn = []
@@ -340,8 +335,8 @@ def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samp
     """Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, tokens (T,) int: a dict of
     "brier": [4], "brier_lm", "brier_lm_se" (its standard error), "context", "positions".
 
-    The text is cut into sequences of `context` tokens. Of each, up to `positions` chunks, evenly
-    spaced, are predicted: by default all, but 8 K for K < 4.
+    Of each `context` tokens, up to `positions` chunks, evenly spaced, are predicted: by default
+    all, or for K < 4 as many as take 32 steps.
     """
     K = model.config.chunk_size
     assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"
@@ -359,7 +354,7 @@ def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samp
         scores.append(torch.stack(pairs).mean((0, 2)).cpu())  # (pairs, B, A, 4) -> (B, 4)
     scores = torch.cat(scores)
 
-    # The bootstrap: how much does the score vary over sequences drawn with replacement?
+    # The bootstrap: how does the score vary over sequences drawn with replacement?
     again = torch.randint(len(scores), (1000, len(scores)))
     resampled = torch.tensor([brier_lm(brier) for brier in scores[again].mean(1)])
     brier, error = scores.mean(0), resampled.std().item()

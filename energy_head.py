@@ -1,8 +1,8 @@
 """The energy head: a sampler of vectors, and the score that trains it.      (CALM paper, section 3)
 
-There is no softmax over vectors. The energy head is only a *sampler*: a small network that turns
-the Transformer's hidden state and random noise into one vector. Nobody can ask it how probable a
-vector is. The energy score needs only samples to tell a good sampler from a bad one.
+There is no softmax over vectors. The energy head is only a *sampler*: it turns a hidden state and
+random noise into one vector. Nobody can ask it how probable a vector is. The energy score needs
+only samples to tell a good sampler from a bad one.
 
 Letters: N head samples, M target samples, l latent size, d width, ... any leading dimensions.
 """
@@ -11,17 +11,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-NORM_EPS = 1e-6  # as in autoencoder.py: this file imports none of the others
+NORM_EPS = 1e-6  # as in autoencoder.py
 
 
-# -------------------- The energy score
+# ------ The energy score
 #
 #     S(P, y) = E |x' - x''|^alpha  -  2 E |x - y|^alpha,      x, x', x'' independent draws from P
 #
 # For 0 < alpha < 2 it is *strictly proper*: if the truth is Q, the mean over y ~ Q is largest at
 # P = Q, and only there. The second expectation, "fidelity", pulls draws to the data; alone it would
 # pull all to one point, the median of Q. The first, "diversity", keeps them apart. At P = Q the two
-# are equal. (At alpha = 2 the score is -2 |mean of P - y|^2: it knows only the mean.)
+# are equal. (At alpha = 2 the score is -2 |mean of P - y|^2.)
 
 
 def fidelity_and_diversity(x, y, alpha):
@@ -42,10 +42,10 @@ def fidelity_and_diversity(x, y, alpha):
 
 def energy_score(samples, targets, alpha=1.0):
     """The energy score of a sampler at observed targets, to be *maximised*.      (paper, section 3)
-    samples (N, ..., l), targets (M, ..., l)  ->  (...), unbiased; N >= 2, 0 < alpha < 2.
+    samples (N, ..., l), targets (M, ..., l) -> (...), unbiased; N >= 2, 0 < alpha < 2.
     """
-    # Distances stay when everything moves. `cdist` works with |x|^2 + |y|^2 - 2 x·y, where small
-    # distances far from the origin would be lost: move the targets' mean there.
+    # `cdist` works with |x|^2 + |y|^2 - 2 x·y, where small distances far from the origin would be
+    # lost. A shift of all points changes no distance: move the targets' mean to the origin.
     centre = targets.mean(0)
     x = (samples - centre).movedim(0, -2)  # (..., N, l)
     y = (targets - centre).movedim(0, -2)  # (..., M, l)
@@ -55,10 +55,10 @@ def energy_score(samples, targets, alpha=1.0):
 
 def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None):
     """Minus the energy score, averaged over positions; targets are draws from the posterior.
-    samples (N, ..., l), mean and log_std (..., l)  ->  loss, fidelity, diversity: scalars, with
+    samples (N, ..., l), mean and log_std (..., l) -> loss, fidelity, diversity: scalars, with
     loss = 2 · fidelity - diversity. The gap of the two shows how far the head still is.
 
-    All positions share M draws of noise, which changes no mean.
+    To save time, all positions share M draws of noise: the mean stays the same.
     """
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
     shape = (n_targets, mean.shape[-1])  # (M, l)
@@ -71,7 +71,7 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
     return 2 * fidelity - diversity, fidelity, diversity
 
 
-# -------------------- The head
+# ------ The head
 
 
 class HeadBlock(nn.Module):
@@ -116,7 +116,7 @@ class EnergyHead(nn.Module):
         nn.init.zeros_(self.final[-1].weight)
 
     def forward(self, hidden, noise):
-        """hidden (..., d) or with fewer dimensions, noise (..., noise_size)  ->  (..., l)."""
+        """hidden (..., d) or with fewer dimensions, noise (..., noise_size) -> (..., l)."""
         x = self.noise_norm(self.noise_in(noise))  # (..., d)
         c = self.hidden_norm(self.hidden_in(hidden))  # (..., d)
         c = c.expand_as(x)  # n draws share one hidden state
@@ -125,7 +125,7 @@ class EnergyHead(nn.Module):
         return self.final(self.final_norm(x))
 
     def sample(self, hidden, n, generator=None):
-        """n independent draws for each hidden state: (..., d)  ->  (n, ..., l)."""
+        """n independent draws for each hidden state: (..., d) -> (n, ..., l)."""
         shape = (n, *hidden.shape[:-1], self.noise_size)
         noise = torch.rand(shape, generator=generator, device=hidden.device, dtype=hidden.dtype)
         return self(hidden, noise - 0.5)  # uniform in [-1/2, 1/2), as released

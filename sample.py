@@ -1,7 +1,7 @@
 """From a trained model to text: temperature without likelihoods.            (CALM paper, section 5)
 
-A softmax is sharpened by dividing logits by T: P(x) becomes P(x)^(1/T) / Z. CALM has no logits, it
-can only be drawn from. But counting draws is enough: n of them are all x with probability P(x)^n.
+Dividing logits by T sharpens a softmax: P(x) becomes P(x)^(1/T) / Z. CALM has no logits, it can
+only be drawn from. But counting draws is enough: n of them are all x with probability P(x)^n.
 Letters: those of autoencoder.py, N draws in a pool. In 1/T, T is the temperature.
 """
 
@@ -18,7 +18,7 @@ import torch
 from autoencoder import Autoencoder, AutoencoderConfig
 from calm import CALM, CALMConfig, KVCache, TransformerConfig, TransformerLM
 
-# -------------------- Temperature
+# ------ Temperature
 
 
 def inverse_temperature(temperature):
@@ -30,7 +30,7 @@ def inverse_temperature(temperature):
 
 
 def one_by_one(draw, max_draws, block=256):
-    """Yields independent draws, (K,) each. They are made in blocks, for speed."""
+    """Yields independent draws, (K,) each, made in blocks for speed."""
     for _ in range(math.ceil(max_draws / block)):
         yield from draw(block)
     raise ValueError(f"nothing accepted in {max_draws:,} draws: take a higher temperature")
@@ -53,7 +53,7 @@ def bernoulli_factory(draws, x, a, generator=None):
 
 def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=None):
     """One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1.               (paper, section 5)
-    draw(m) -> (m, K) int: m independent draws from P  ->  (K,). ValueError after max_draws.
+    draw(m) -> (m, K) int: m independent draws from P -> (K,). ValueError after max_draws.
 
     With 1/T = n + a, an attempt makes n draws. They are all x with probability P(x)^n; a Bernoulli
     factory then accepts x with probability P(x)^a. Else all starts over.
@@ -70,11 +70,11 @@ def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=N
 
 def temperature_sample_batch(pool, temperature, generator=None):
     """Chooses from N draws as if from P(x)^(1/T) / Z.    (paper, section 5: batch approximation)
-    pool (..., N, K) int: N draws of a chunk  ->  (..., K), a choice from each pool.
+    pool (..., N, K) int: N draws of a chunk -> (..., K), a choice from each pool.
 
     For T = 1/n, a value drawn c times has the weight C(c, n): so many ways to pick n of its draws.
-    If no value was drawn n times, n is lowered. For other T, Gamma functions stand for factorials.
-    Biased for a finite N, exact as N grows.
+    If none was drawn n times, n is lowered. For other T, Gamma functions stand for factorials.
+    Biased for a finite N.
     """
     n, a = inverse_temperature(temperature)
     chosen = []
@@ -92,11 +92,11 @@ def temperature_sample_batch(pool, temperature, generator=None):
     return torch.stack(chosen).view(*pool.shape[:-2], -1).to(pool.device)
 
 
-# -------------------- Generation
+# ------ Generation
 
 
 def next_chunk(model, hidden, temperature, pool, generator):
-    """hidden (B, d), the states that predict the next chunks  ->  (B, K) int."""
+    """hidden (B, d), the states that predict the next chunks -> (B, K) int."""
     if isinstance(model, TransformerLM):  # has logits to divide by the temperature
         return model.draw_chunks(hidden, 1, generator, temperature)[0]
     if temperature == 1:
@@ -113,11 +113,11 @@ def next_chunk(model, hidden, temperature, pool, generator):
 
 @torch.no_grad()
 def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None):
-    """Continues each prompt: (B, T) int, T >= K  ->  (B, T + n_tokens) int. `pool`: the number of
-    draws for the batch method; None: the exact method.
+    """Continues each prompt: (B, T) int, T >= K -> (B, T + n_tokens) int. `pool`: draws for the
+    batch method; None: the exact method.
 
-    The model reads whole chunks, so the first T mod K tokens of a prompt stay unread: in training,
-    too, chunks began anywhere.
+    The model reads whole chunks, so the first T mod K tokens of a prompt stay unread. In training
+    chunks began anywhere, too.
     """
     K, T = model.config.chunk_size, prompt.shape[1]
     assert T >= K, f"a prompt must have at least {K} tokens, one chunk"
@@ -135,11 +135,10 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
     return text[:, : T + n_tokens]
 
 
-# -------------------- Tokenizers and checkpoints
+# ------ Tokenizers and checkpoints
 
 END_OF_TEXT = "<|endoftext|>"
-# How Llama 3 cuts a text before byte pairs are merged: used with all files of ranks, which do not
-# say it. tiktoken's own encodings (gpt2, …) bring theirs.
+# How Llama 3 cuts a text before byte pairs are merged: for all files of ranks, which do not say it.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -171,7 +170,7 @@ def load_tokenizer(name):
 
 
 def load_checkpoint(out_dir, kind):
-    """What train.py wrote to {kind}.pt, a dict."""
+    """What train.py wrote to {kind}.pt."""
     path = Path(out_dir, f"{kind}.pt")
     assert path.exists(), f"there is no {path}: train it, or name its --out_dir"
     try:
@@ -193,26 +192,26 @@ def build_model(kind, configs):
 def load_model(out_dir, kind):
     """The model in {kind}.pt, for evaluation, and its tokenizer."""
     checkpoint = load_checkpoint(out_dir, kind)
-    with torch.device("meta"):  # shapes without memory, for the weights to come
+    with torch.device("meta"):  # shapes without memory
         model = build_model(kind, checkpoint["configs"])
     model.load_state_dict(checkpoint["weights"], assign=True)
     return model.eval(), tiktoken.Encoding("saved", **checkpoint["tokenizer"])
 
 
-# -------------------- The command
+# ------ The command
 
 
 def write_text(model, encoding, prompt, n_tokens, temperature, pool=200):
     """`prompt` and its continuation, up to an end of the text, a string."""
     ids = encoding.encode_ordinary(prompt)
-    # A prompt shorter than one chunk gets newlines in front.
-    ids = encoding.encode_ordinary("\n") * (model.config.chunk_size - len(ids)) + ids
+    newlines = encoding.encode_ordinary("\n") * (model.config.chunk_size - len(ids))
+    ids = newlines + ids  # for a prompt shorter than a chunk
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     new = generate(model, tokens, n_tokens, temperature, pool)[0, len(ids) :].tolist()
     if encoding.eot_token in new:
         new = new[: new.index(encoding.eot_token)]
-    # A vocabulary may be larger than the tokenizer's.
-    return prompt + encoding.decode([t for t in new if t < len(encoding._mergeable_ranks)])
+    known = [t for t in new if t < len(encoding._mergeable_ranks)]  # a vocabulary may have more
+    return prompt + encoding.decode(known)
 
 
 def pick_device(name):
@@ -243,9 +242,9 @@ def main():
     add("--n_tokens", type=int, default=500, help="length of a text")
     add("--n_samples", type=int, default=1, help="number of texts")
     add("--temperature", type=float, default=0.5, help="above 0, for CALM at most 1")
-    add("--method", choices=("batch", "exact"), default="batch", help="below temperature 1")
+    add("--method", choices=("batch", "exact"), default="batch", help="for T < 1")
     add("--pool", type=int, default=200, help="draws that the batch method counts")
-    add("--seed", type=int, default=0, help="another seed writes another text")
+    add("--seed", type=int, default=0, help="another one, another text")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     for name in ("n_tokens", "n_samples", "pool", "temperature"):

@@ -150,7 +150,7 @@ def main():
     autoencoder, encoding = sample.load_model(out_dir, "autoencoder")
     saved = sample.load_checkpoint(out_dir, "autoencoder")
     args, configs = argparse.Namespace(**saved["settings"]), saved["configs"]
-    args.out_dir, args.resume, args.lr = out_dir, False, 3e-3  # better here than quick's 2e-3
+    args.out_dir, args.resume, args.optimizer, args.lr = out_dir, False, "adamw", 3e-3
     data = train.load_tokens(args)
 
     train.seed_step(args.seed, 0)

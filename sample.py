@@ -83,7 +83,8 @@ def temperature_sample_batch(pool, temperature, generator=None):
         least, power = n, n + a
         if counts.max() < n:
             least = power = counts.max().item()
-        # log C(c, power), less a constant. Values drawn fewer than `least` times are out.
+        # log C(c, power), less a constant. Values drawn fewer than `least` times are out; the clamp
+        # keeps them finite until then.
         c = counts.double()
         log_weights = torch.lgamma(c + 1) - torch.lgamma((c - power).clamp_min(-0.999) + 1)
         weights = log_weights.masked_fill(counts < least, -torch.inf).softmax(0)

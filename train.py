@@ -42,7 +42,7 @@ SETTINGS = {
     "steps": (4000, 40_000, 250_000, "steps of CALM, or of the baseline"),
     # Muon is not the paper's: with AdamW, quick ends at BrierLM 5 instead of 6 to 7.
     "optimizer": ("muon", "muon", "adamw", "muon or adamw, for the matrices"),
-    "lr": (4e-3, 3e-4, 3e-4, "highest learning rate"),
+    "lr": (4e-3, 3e-4, 3e-4, "highest learning rate: small models need more"),
     "eval_interval": (400, 1000, 500, "steps between two scores, with a checkpoint"),
 }
 BETAS, GRADIENT_CLIP = (0.9, 0.95), 1.0  # as published

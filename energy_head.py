@@ -20,9 +20,10 @@ NORM_EPS = 1e-6  # as in autoencoder.py
 #
 # For 0 < alpha < 2 it is *strictly proper*: if the truth is Q, the mean over y ~ Q is largest at
 # P = Q, and only there, because 2 E |x - y|^alpha - E |x - x'|^alpha - E |y - y'|^alpha, the energy
-# distance of P and Q, is 0 if they are equal and else positive. The second expectation, "fidelity", pulls draws to the data; alone it would
-# pull all to one point, the median of Q. The first, "diversity", keeps them apart. At P = Q the two
-# are equal. (At alpha = 2 the score is -2 |mean of P - y|^2.)
+# distance of P and Q, is 0 if they are equal and else positive. The second expectation, "fidelity",
+# pulls draws to the data; alone it would pull all to one point, the median of Q. The first,
+# "diversity", keeps them apart. At P = Q the two are equal. (At alpha = 2 the score is
+# -2 |mean of P - y|^2.)
 
 
 def fidelity_and_diversity(x, y, alpha):
@@ -59,8 +60,8 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
     samples (N, ..., l), mean and log_std (..., l) -> loss, fidelity, diversity: scalars, with
     loss = 2 · fidelity - diversity. The gap of the two shows how far the head still is.
 
-    M = 1 would be unbiased, too; more draws only lessen the noise. To save time, all positions share
-    theirs: the mean stays the same.
+    M = 1 would be unbiased, too: more draws only lessen the noise. To save time, all positions
+    share theirs, and the mean stays the same.
     """
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
     shape = (n_targets, mean.shape[-1])  # (M, l)

@@ -98,8 +98,8 @@ class Attention(nn.Module):
     def forward(self, x, positions, cache, layer):
         B, steps, d = x.shape
         q = self.query(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
-        k = self.key(x).view(B, steps, self.H, d // self.H).transpose(1, 2)
-        v = self.value(x).view(B, steps, self.H, d // self.H).transpose(1, 2)
+        k = self.key(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
+        v = self.value(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
         q = rotate(q, positions)
         k = rotate(k, positions)
         k, v = cache.append(layer, k, v)  # (B, H, all steps, d/H)
@@ -192,7 +192,7 @@ class CALM(nn.Module):
             model = cls(config, Autoencoder(AutoencoderConfig(*sizes)))
         model.load_state_dict(weights, assign=True)
         if autoencoder is not None:
-            assert autoencoder.config == model.autoencoder.config, "its sizes do not fit"
+            assert autoencoder.config == model.autoencoder.config, "the autoencoders differ in size"
             model.autoencoder = autoencoder.requires_grad_(False)
         return model.eval()
 
@@ -223,13 +223,6 @@ class CALM(nn.Module):
             z = samples[0].detach().flatten(0, 1)[:512]  # (512, l)
             best = self.autoencoder.decode(z).softmax(-1).amax(-1)  # (512, K)
             metrics["confidence"] = best.prod(-1).mean()
-        return loss, metrics
-        # Nested distances: draws that are right in their first tokens gain by it.
-        noise = torch.randn(c.n_targets, 1, 1, c.latent_size, device=mean.device)
-        targets = mean + log_std.exp() * noise  # (M, B, L-1, l)
-        for part in self.parts:  # (l, n·l/K)
-            score = energy_score(samples @ part, targets @ part, alpha=0.25)  # (B, L-1)
-            loss = loss - c.nested * score.mean()
         return loss, metrics
 
     @torch.no_grad()
@@ -304,7 +297,7 @@ def brier_lm(brier):
 
 
 def draw_continuations(model, tokens, at, n):
-    """n continuations after the chunks `at` (A numbers), and the text's own: tokens (B, T)  ->
+    """n continuations after the chunks `at` (A numbers), and the text's own: tokens (B, T) ->
     (n, B, A, >= 4), (B, A, >= 4).
     """
     B, K = len(tokens), model.config.chunk_size

@@ -62,7 +62,7 @@ def parse_settings():
     add("--seed", type=int, default=0, help="of all that is random (0)")
     add("--device", default="auto", help="cpu, cuda or mps (the best there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (by the device)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the step (on CUDA)")
     for name, (*values, text) in SETTINGS.items():
         add(f"--{name}", type=type(values[0]), help=f"{text} {tuple(values)}")
     args = parser.parse_args()
@@ -83,6 +83,7 @@ def parse_settings():
     if args.device == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = args.dtype or ("bfloat16" if has_bfloat16 else "float16")
+        args.compile = args.compile is not False
     args.dtype = args.dtype or "float32"
     return args
 

@@ -23,9 +23,7 @@ SEEDS = range(10 if os.environ.get("CALM_ALL_SEEDS") else 2)
 
 
 def tiny_calm(chunk_size=4, vocab_size=13, context=32, seed=0, noisy=True):
-    """A small CALM in evaluation mode. The last map of its head is random, not zero: draws differ.
-    With noisy=False the head ignores its noise: all draws are the same.
-    """
+    """A small CALM for evaluation, its head not zero. With noisy=False all draws are the same."""
     torch.manual_seed(seed)
     sizes = {"latent_size": 8, "hidden_size": 16, "intermediate_size": 32}
     autoencoder = Autoencoder(AutoencoderConfig(vocab_size, chunk_size, **sizes))

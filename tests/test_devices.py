@@ -1,6 +1,5 @@
-"""The models on other devices, in mixed precision, compiled. The device `meta` has shapes alone: a
-tensor made elsewhere raises, and so does one whose value is read.
-"""
+"""The models on other devices, in mixed precision, compiled. The device `meta` has shapes alone:
+what is made elsewhere raises, and so does a value that is read."""
 
 import pytest
 import torch

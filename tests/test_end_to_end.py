@@ -29,8 +29,6 @@ def repeating(tmp_path_factory):
 
 @pytest.fixture
 def output(repeating, monkeypatch, capsys):
-    """output(main, *arguments): what a script prints, beside the run."""
-
     def call(main, *arguments):
         monkeypatch.chdir(repeating[0].parent)
         monkeypatch.setattr(sys, "argv", ["script.py", "--out_dir", "run", *map(str, arguments)])

@@ -1,6 +1,4 @@
-"""The texts keep their word: quoted lines stand in the files, links lead somewhere, and train.py
-understands the README's commands.
-"""
+"""Quoted lines stand in the files, links lead somewhere, train.py knows the README's commands."""
 
 import re
 import shlex
@@ -17,9 +15,7 @@ COMMANDS = re.findall(r"\bpython (train\.py[^#`\n]*)", PAGES[0].read_text(encodi
 
 
 def quoted_lines(page):
-    """(file, line of code) for each row of the tables whose last column is "line of code". The file
-    is the one that the section's heading links to.
-    """
+    """(file that the heading links to, line of code) for each row of a table of lines of code."""
     for section in re.split("^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
         heading = section.splitlines()[0] if section else ""
         for table in re.findall(r"\| line of code \|\n.*\n((?:\|.*\n)+)", section):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import sample
+from conftest import sample, tiny_calm
 
 import train
 
@@ -41,7 +41,6 @@ def train_in(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A folder with text.txt and run/, which a whole run has left."""
     folder = tmp_path_factory.mktemp("undisturbed")
     train_in(folder, *SIZES)
     return folder
@@ -128,7 +127,6 @@ def test_two_processes_or_two_parts_have_the_gradient_of_one(tmp_path):
 
 
 def outcome(out_dir):
-    """All that a run ends with, but for the seconds: weights, log and sample."""
     kinds = [sample.load_checkpoint(out_dir, kind) for kind in ("autoencoder", "calm")]
     weights = [[weight.tolist() for weight in kind["weights"].values()] for kind in kinds]
     rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
@@ -136,7 +134,6 @@ def outcome(out_dir):
 
 
 def go_on(out_dir):
-    """The arguments that begin a run, or go on with it."""
     return [*(["--resume"] if any(out_dir.glob("*.pt")) else SIZES), "--out_dir", str(out_dir)]
 
 
@@ -144,13 +141,13 @@ def kill(folder, times):
     """Kills a run at random moments, each after up to 20 more lines of output and 0.1 seconds."""
     moments, out_dir = random.Random(0), folder / "killed"
     for _ in range(times):
-        words = go_on(out_dir)
-        run = subprocess.Popen([*SCRIPT, *words], cwd=folder, stdout=subprocess.PIPE, text=True)
-        lines = [run.stdout.readline() for _ in range(moments.randint(2, 20))]
+        words = [*SCRIPT, *go_on(out_dir)]
+        run = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True)
+        for _ in range(moments.randint(2, 20)):
+            run.stdout.readline()
         time.sleep(moments.uniform(0, 0.1))
         run.kill()
         run.communicate()
-        print(f"{words[0]}: killed after", " ".join(lines[-1].split()[:4]))
         for path in out_dir.glob("*.pt"):
             torch.load(path, weights_only=True)  # raises if it is damaged
     return out_dir
@@ -162,6 +159,11 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(undisturbed
     assert "--resume" in go_on(killed)
     train_in(tmp_path, *go_on(killed))
     assert outcome(killed) == outcome(undisturbed / "run")
+
+
+def test_embeddings_stay_with_adamw(undisturbed):
+    muon, _ = sample.load_checkpoint(undisturbed / "run", "calm")["optimisers"]
+    assert all(257 not in state["momentum_buffer"].shape for state in muon["state"].values())
 
 
 def test_a_new_run_begins_with_neither_model_of_an_earlier_one(undisturbed, tmp_path):
@@ -210,3 +212,9 @@ def test_a_mistake_is_one_sentence(undisturbed, tmp_path, monkeypatch, command, 
     for path in after.keys() - before.keys():
         weights = torch.load(path, weights_only=True)["weights"].values()
         assert all(weight.isfinite().all() for weight in weights)
+
+
+def test_a_score_does_not_depend_on_the_size_of_the_batches():
+    model, tokens = tiny_calm().autoencoder.eval(), torch.randint(13, (5, 32))
+    losses = [train.evaluate(model, tokens, size)["val_loss"] for size in (1, 2, 5)]
+    assert losses == pytest.approx([losses[0]] * 3)

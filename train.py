@@ -76,8 +76,7 @@ def parse_settings():
     for name, (*values, _) in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[PRESETS.index(args.preset)])
-        free = name in ("tokenizer", "optimizer")
-        assert free or getattr(args, name) > 0, f"--{name} must be above 0"
+        assert isinstance(values[0], str) or getattr(args, name) > 0, f"--{name} must be above 0"
     assert args.optimizer in ("muon", "adamw"), "--optimizer is muon or adamw"
     args.device = sample.pick_device(args.device)
     if args.device == "cuda":
@@ -208,9 +207,8 @@ def evaluate(model, held_out, batch_size):
     return scores
 
 
-def train(kind, model, configs, args, data):
+def train(kind, model, configs, args, train_tokens, validation, encoding):
     """Trains a model and leaves {kind}.pt in --out_dir. Returns the log, a dict for each score."""
-    train_tokens, validation, encoding, _ = data
     steps = args.autoencoder_steps if kind == "autoencoder" else args.steps
     n_parts = max(1, args.gradient_accumulation_steps // WORLD)
     assert args.batch_size % (WORLD * n_parts) == 0, "--batch_size is no multiple of its parts"
@@ -221,12 +219,14 @@ def train(kind, model, configs, args, data):
     model.to(args.device).train()
     matrices, others = [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            is_matrix = p.dim() == 2 and "embedding" not in name
-            (matrices if is_matrix else others).append(p)
-    optimiser = torch.optim.AdamW(matrices, betas=BETAS, weight_decay=0.1, fused=True)
+        if p.requires_grad and p.dim() == 2 and "embedding" not in name:
+            matrices.append(p)
+        elif p.requires_grad:  # not the frozen autoencoder's
+            others.append(p)
     if args.optimizer == "muon":  # with steps of AdamW's size: one learning rate serves both
         optimiser = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    else:
+        optimiser = torch.optim.AdamW(matrices, betas=BETAS, weight_decay=0.1, fused=True)
     optimisers = [optimiser, torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)]
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
     # Half precision with --dtype. TF32 stays off: the loss is made of small distances.
@@ -336,11 +336,11 @@ def main():
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-    _, _, encoding, about = data = load_tokens(args)
+    train_tokens, validation, encoding, about = load_tokens(args)
     configs = model_configs(args, encoding.n_vocab)
 
-    stages = {"all": ("autoencoder", "calm")}
-    for kind in stages.get(args.stage, (args.stage,)):
+    stages = ("autoencoder", "calm") if args.stage == "all" else (args.stage,)
+    for kind in stages:
         log = []
         seed_step(args.seed, 0)
         model = sample.build_model(kind, configs)
@@ -350,7 +350,7 @@ def main():
             assert same, f"the sizes in {out_dir}/autoencoder.pt differ: chunk_size, latent_size …"
             model.autoencoder.load_state_dict(saved["weights"])
             log = saved["log"]
-        log = log + train(kind, model, configs, args, data)
+        log = log + train(kind, model, configs, args, train_tokens, validation, encoding)
         if WORLD > 1:
             dist.barrier()  # the next stage reads what the first process writes
     if WORLD > 1:
@@ -358,7 +358,7 @@ def main():
     if RANK > 0:
         return
 
-    prefix = "baseline_" * (kind == "baseline")
+    prefix = "baseline_" if kind == "baseline" else ""
     write(out_dir / f"{prefix}log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
     summary = {row["stage"]: row for row in log}  # the last row of each stage
     summary |= {"data": about, "config": vars(args), "seed": args.seed, "device": args.device}

@@ -147,20 +147,20 @@ def main():
     parser = argparse.ArgumentParser(description="Train CALM with a head of K choices.")
     parser.add_argument("--out_dir", default="out/quick", help="where train.py left autoencoder.pt")
     out_dir = parser.parse_args().out_dir
-    autoencoder, encoding = sample.load_model(out_dir, "autoencoder")
+    autoencoder, _ = sample.load_model(out_dir, "autoencoder")
     saved = sample.load_checkpoint(out_dir, "autoencoder")
     args, configs = argparse.Namespace(**saved["settings"]), saved["configs"]
     args.out_dir, args.resume, args.optimizer, args.lr = out_dir, False, "adamw", 3e-3
-    data = train.load_tokens(args)
+    train_tokens, validation, encoding, _ = train.load_tokens(args)
 
     train.seed_step(args.seed, 0)
     model = ChoiceCALM(CALMConfig(**configs["calm"]), autoencoder)
-    chunks = train.random_windows(data[0], 20_000, args.chunk_size)
+    chunks = train.random_windows(train_tokens, 20_000, args.chunk_size)
     model.head.start_from(autoencoder, chunks)
     right = autoencoder.decode(model.head.sums(chunks[:1000])).argmax(-1) == chunks[:1000]
     print(f"the decoder finds {right.float().mean():.2%} of the tokens in sums of their codes")
 
-    log = train.train("choices", model, configs, args, data)
+    log = train.train("choices", model, configs, args, train_tokens, validation, encoding)
     train.write(Path(out_dir, "choices_log.jsonl"), "\n".join(map(json.dumps, log)).encode())
     text = sample.write_text(model.eval(), encoding, "\n", n_tokens=800, temperature=0.5)
     score, error = log[-1]["brier_lm"], log[-1]["brier_lm_se"]

@@ -33,16 +33,12 @@ def fidelity_and_diversity(x, y, alpha):
     N = x.shape[-2]
     assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
     assert N >= 2, "the diversity of a sampler needs at least 2 samples"
-    # Each sample with each target. `torch.cdist` would also work out the slope in y, which nobody
-    # needs. For alpha < 1, |.|^alpha has no finite slope at 0: below the clamp it gets 0.
-    x2 = (x**2).sum(-1, keepdim=True)  # (..., N, 1)
-    y2 = (y**2).sum(-1, keepdim=True)  # (..., M, 1)
-    squares = x2 - 2 * x @ y.mT + y2.mT  # |x - y|^2 of all pairs, (..., N, M)
-    fidelity = (squares.clamp_min(1e-24) ** (alpha / 2)).mean((-1, -2))
-    # Each sample with each other. The distance to itself is 0 and does not count as a pair: so
-    # N (N - 1), not N^2.
-    distances = torch.cdist(x, x).clamp_min(1e-12)  # (..., N, N)
-    diversity = (distances**alpha).sum((-1, -2)) / (N * (N - 1))
+    # |.|^alpha has no finite slope at 0 for alpha < 1. Below the clamp the slope is 0.
+    to_targets = torch.cdist(x, y).clamp_min(1e-12) ** alpha  # (..., N, M)
+    to_each_other = torch.cdist(x, x).clamp_min(1e-12) ** alpha  # (..., N, N)
+    fidelity = to_targets.mean((-1, -2))
+    # A sample's distance to itself is 0 and does not count as a pair: N (N - 1), not N^2.
+    diversity = to_each_other.sum((-1, -2)) / (N * (N - 1))
     return fidelity, diversity
 
 
@@ -50,8 +46,8 @@ def energy_score(samples, targets, alpha=1.0):
     """The energy score of a sampler at observed targets, to be *maximised*.      (paper, section 3)
     samples (N, ..., l), targets (M, ..., l) -> (...), unbiased; N >= 2, 0 < alpha < 2.
     """
-    # In |x|^2 + |y|^2 - 2 x·y small distances far from the origin would be lost. A shift of all
-    # points changes no distance: move the targets' mean to the origin.
+    # `cdist` works with |x|^2 + |y|^2 - 2 x·y, where small distances far from the origin would be
+    # lost. A shift of all points changes no distance: move the targets' mean to the origin.
     centre = targets.mean(0)
     x = (samples - centre).movedim(0, -2)  # (..., N, l)
     y = (targets - centre).movedim(0, -2)  # (..., M, l)

@@ -38,16 +38,16 @@ class AutoencoderConfig:
 
 
 def kl_divergence(mean, log_std, floor=0.0):
-    """KL( N(mean, std^2) || N(0, I) ), nats: mean, log_std (..., l) -> (...). Each dimension has
-    at least `floor`: none is pulled all the way to the prior ("KL clipping", paper section 2).
+    """KL( N(mean, std^2) || N(0, I) ), nats: mean, log_std (..., l) -> (...). A dimension below
+    `floor` counts as `floor`: nothing pulls it on to N(0, I)  ("KL clipping", paper section 2).
     """
     per_dimension = 0.5 * (mean**2 + torch.exp(2 * log_std) - 1 - 2 * log_std)  # (..., l)
     return per_dimension.clamp_min(floor).sum(-1)
 
 
 def init_by_width(module):
-    """Linear maps start with std 1/sqrt(fan-in), embeddings with std 1. The released code has 0.02,
-    which is 1/sqrt(2500), for both.
+    """Linear maps start with std 1/sqrt(fan-in), embeddings with std 1: signals of size 1 stay so.
+    The released code has 0.02 for both, which is 1/sqrt(2500): right for a width of 2500.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -128,7 +128,7 @@ class Autoencoder(nn.Module):
         self.expand = nn.Linear(d, K * d)
         self.decoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.apply(init_by_width)
-        nn.init.normal_(self.embedding.weight, std=d**-0.5)  # it is the un-embedding, too
+        nn.init.normal_(self.embedding.weight, std=d**-0.5)  # it also makes the logits: of size 1
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -169,7 +169,7 @@ class Autoencoder(nn.Module):
         c = self.config
         tokens = tokens.unflatten(-1, (-1, c.chunk_size))  # (..., L, K)
         inputs = tokens
-        if self.training:  # DropToken: id 0 for some, which must be guessed from the others
+        if self.training:  # DropToken: some become id 0 (a token like any other), to be guessed
             lost = torch.rand(tokens.shape, device=tokens.device) < c.dropout
             inputs = tokens.masked_fill(lost, 0)
         mean, log_std = self.encode(inputs)  # (..., L, l) each

@@ -24,7 +24,7 @@ ROPE_THETA = 10_000.0  # base of the rotary position embedding, as in the releas
 
 @dataclass
 class CALMConfig:
-    """The published CALM-M (371 M parameters)."""
+    """The published CALM-M (371 M parameters with Llama 3's vocabulary)."""
     vocab_size: int
     chunk_size: int = 4  # K
     latent_size: int = 128  # l
@@ -42,7 +42,7 @@ class CALMConfig:
 
 @dataclass
 class TransformerConfig:
-    """The paper's discrete Transformer-S (281 M parameters)."""
+    """The paper's discrete Transformer-S (281 M parameters with that vocabulary)."""
     vocab_size: int
     hidden_size: int = 768
     intermediate_size: int = 2048
@@ -56,10 +56,10 @@ class TransformerConfig:
 
 
 class KVCache:
-    """Keys and values of the steps taken. To go back, `draw_continuations` lowers `length`."""
+    """Keys and values of the steps taken. `draw_continuations` lowers `length` to go back."""
 
     def __init__(self):
-        self.length = 0  # steps in the cache
+        self.length = 0  # steps taken: `Backbone` counts them
         self.keys, self.values = {}, {}  # layer number -> (B, H, steps, d/H)
 
     def append(self, layer, k, v):
@@ -73,8 +73,8 @@ class KVCache:
 
 def rotate(x, positions):
     """Rotary position embedding: turns coordinates j and j + half of x (B, H, steps, size) by the
-    angle position · theta^(-j / half). Turned by the same angle, two vectors keep their product:
-    q·k knows only the difference of positions.
+    angle position · theta^(-j / half). If q is turned by a and k by b, their product is that of q
+    turned by a - b and k itself: only the difference of their positions matters.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
@@ -124,7 +124,9 @@ class TransformerBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """(B, steps, d) -> (B, steps, d); a step is a chunk or a token. With a cache, one at a time."""
+    """(B, steps, d) -> (B, steps, d). A step is a chunk or a token. If the cache holds steps
+    already, only one can be added at a time.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -307,8 +309,8 @@ def draw_continuations(model, tokens, at, n):
         hidden = model.hidden_states(tokens)  # (B, L, d)
         return model.draw_chunks(hidden[:, at], n), target
 
-    # For K < 4 a continuation takes several steps. The last place comes first: for an earlier one,
-    # the cache is shortened.
+    # For K < 4 a continuation takes several steps. They replace all that the cache holds after
+    # place i. So the last place comes first: what lies before it is still the text's.
     cache = KVCache()
     hidden = model.hidden_states(tokens.repeat(n, 1), cache)  # (n·B, L, d)
     drawn = []
@@ -329,14 +331,14 @@ def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samp
     "brier": [4], "brier_lm", "brier_lm_se" (its standard error), "context", "positions".
 
     Of each `context` tokens, up to `positions` chunks, evenly spaced, are predicted: by default
-    all, or for K < 4 as many as take 32 steps.
+    all, or for K < 4, where each takes a loop, 8 · K. The result's "positions" are those of all.
     """
     K = model.config.chunk_size
     assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"
     device = next(model.parameters()).device
     n_places = context // K - math.ceil(4 / K)  # 4 tokens or more must follow
     if positions is None:
-        positions = n_places if K >= 4 else 8 * K  # these take a loop
+        positions = n_places if K >= 4 else 8 * K
     at = list(range(0, n_places, math.ceil(n_places / positions)))
     sequences = tokens[: len(tokens) // context * context].view(-1, context)
     scores = []

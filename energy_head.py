@@ -18,12 +18,15 @@ NORM_EPS = 1e-6  # as in autoencoder.py
 #
 #     S(P, y) = E |x' - x''|^alpha  -  2 E |x - y|^alpha,      x, x', x'' independent draws from P
 #
-# For 0 < alpha < 2 it is *strictly proper*: if the truth is Q, the mean over y ~ Q is largest at
-# P = Q, and only there, because 2 E |x - y|^alpha - E |x - x'|^alpha - E |y - y'|^alpha, the energy
-# distance of P and Q, is 0 if they are equal and else positive. The second expectation, "fidelity",
-# pulls draws to the data; alone it would pull all to one point, the median of Q. The first,
-# "diversity", keeps them apart. At P = Q the two are equal. (At alpha = 2 the score is
-# -2 |mean of P - y|^2.)
+# For 0 < alpha < 2 it is *strictly proper*: if the truth is Q, its mean over y ~ Q is largest at
+# P = Q, and only there. For that mean is
+#
+#     -D(P, Q) - E |y - y'|^alpha,      y and y' independent draws from Q,
+#
+# where only D depends on P: the "energy distance", 0 if P = Q, and else positive (a theorem).
+#
+# "Fidelity", E |x - y|^alpha, is small if draws lie near the data. Alone it would pull them all to
+# one point. "Diversity", E |x' - x''|^alpha, keeps them apart. At P = Q the two are equal.
 
 
 def fidelity_and_diversity(x, y, alpha):
@@ -33,7 +36,7 @@ def fidelity_and_diversity(x, y, alpha):
     N = x.shape[-2]
     assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
     assert N >= 2, "the diversity of a sampler needs at least 2 samples"
-    # |.|^alpha has no finite slope at 0 for alpha < 1. Below the clamp the slope is 0.
+    # For alpha < 1 the slope of |.|^alpha at 0 is infinite. The clamp makes it 0.
     to_targets = torch.cdist(x, y).clamp_min(1e-12) ** alpha  # (..., N, M)
     to_each_other = torch.cdist(x, x).clamp_min(1e-12) ** alpha  # (..., N, N)
     fidelity = to_targets.mean((-1, -2))
@@ -46,8 +49,8 @@ def energy_score(samples, targets, alpha=1.0):
     """The energy score of a sampler at observed targets, to be *maximised*.      (paper, section 3)
     samples (N, ..., l), targets (M, ..., l) -> (...), unbiased; N >= 2, 0 < alpha < 2.
     """
-    # `cdist` works with |x|^2 + |y|^2 - 2 x·y, where small distances far from the origin would be
-    # lost. A shift of all points changes no distance: move the targets' mean to the origin.
+    # `cdist` works with |x|^2 + |y|^2 - 2 x·y. Far from the origin, these are large numbers, and
+    # rounding would swamp small distances. So shift all points: the targets' mean to the origin.
     centre = targets.mean(0)
     x = (samples - centre).movedim(0, -2)  # (..., N, l)
     y = (targets - centre).movedim(0, -2)  # (..., M, l)
@@ -58,10 +61,10 @@ def energy_score(samples, targets, alpha=1.0):
 def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None):
     """Minus the energy score, averaged over positions; targets are draws from the posterior.
     samples (N, ..., l), mean and log_std (..., l) -> loss, fidelity, diversity: scalars, with
-    loss = 2 · fidelity - diversity. The gap of the two shows how far the head still is.
+    loss = 2 · fidelity - diversity. For a perfect head, fidelity and diversity are equal.
 
-    M = 1 would be unbiased, too: more draws only lessen the noise. To save time, all positions
-    share theirs, and the mean stays the same.
+    M = 1 would be unbiased, too: more targets only lessen the noise. To save time, all positions
+    use the same M vectors of noise. That does not change the loss on average.
     """
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
     shape = (n_targets, mean.shape[-1])  # (M, l)
@@ -115,7 +118,7 @@ class EnergyHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
-        # As released, the last map starts at zero: every first draw is the origin.
+        # As released, the last map starts at zero: before training, every draw is the origin.
         nn.init.zeros_(self.final[-1].weight)
 
     def forward(self, hidden, noise):

@@ -24,7 +24,7 @@ from calm import CALM, CALMConfig, KVCache, TransformerConfig, TransformerLM
 def inverse_temperature(temperature):
     """1/T = n + a as (n, a): a whole number and a fraction 0 <= a < 1."""
     assert 1e-6 <= temperature <= 1, f"the temperature must be above 0 and at most 1: {temperature}"
-    n = math.floor(1 / temperature + 0.004)  # 0.333 means 1/3
+    n = math.floor(1 / temperature + 0.004)  # within 0.004, 1/T counts as whole: T may be 0.333
     a = 1 / temperature - n
     return n, (a if a > 0.004 else 0.0)
 
@@ -39,10 +39,10 @@ def one_by_one(draw, max_draws, block=256):
 def bernoulli_factory(draws, x, a, generator=None):
     """True with probability P(x)^a, 0 < a < 1. draws: an iterator over draws of P; x (K,).
 
-    At the i-th draw: if it is x, accept; if not, give up with probability a/i. With q = 1 - P(x),
-    the mean number of trials is  1 + q (1 - a) + q^2 (1 - a) (1 - a/2) + …,  the probabilities to
-    come to trial 1, 2, 3, … That is the binomial series of (1 - q)^(a-1) = P(x)^(a-1). Each trial
-    accepts with probability P(x), so all together accept with probability P(x)^a.
+    Trial i makes a draw. If it is x, accept; if not, give up with probability a/i. With q = 1 -
+    P(x), the probabilities to come to trial 1, 2, 3, … are  1, q (1 - a), q^2 (1 - a) (1 - a/2), …
+    Their sum is the binomial series of (1 - q)^(a-1) = P(x)^(a-1). A trial that takes place accepts
+    with probability P(x), and only one can: some trial does with P(x) · P(x)^(a-1) = P(x)^a.
     """
     for i in itertools.count(1):
         if torch.equal(next(draws), x):
@@ -52,8 +52,8 @@ def bernoulli_factory(draws, x, a, generator=None):
 
 
 def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=None):
-    """One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1.               (paper, section 5)
-    draw(m) -> (m, K) int: m independent draws from P -> (K,). ValueError after max_draws.
+    """One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1: (K,) int.     (paper, section 5)
+    draw: a function, draw(m) makes m independent draws from P, (m, K). ValueError after max_draws.
 
     With 1/T = n + a, an attempt makes n draws. They are all x with probability P(x)^n; a Bernoulli
     factory then accepts x with probability P(x)^a. Else all starts over.
@@ -72,9 +72,9 @@ def temperature_sample_batch(pool, temperature, generator=None):
     """Chooses from N draws as if from P(x)^(1/T) / Z.    (paper, section 5: batch approximation)
     pool (..., N, K) int: N draws of a chunk -> (..., K), a choice from each pool.
 
-    For T = 1/n, a value drawn c times has the weight C(c, n): so many ways to pick n of its draws.
-    If none was drawn n times, n is lowered. For other T, Gamma functions stand for factorials.
-    Biased for a finite N.
+    For T = 1/n: of all sets of n draws that are equal, choose one. A value drawn c times has
+    C(c, n) such sets. If none was drawn n times, take the greatest c for 1/T. For other T, Gamma
+    functions stand for factorials. Biased for a finite N.
     """
     n, a = inverse_temperature(temperature)
     chosen = []
@@ -83,11 +83,12 @@ def temperature_sample_batch(pool, temperature, generator=None):
         least, power = n, n + a
         if counts.max() < n:
             least = power = counts.max().item()
-        # log C(c, power), less a constant. Values drawn fewer than `least` times are out; the clamp
-        # keeps them finite until then.
+        # log C(c, power), less a constant. Values drawn fewer than `least` times are out. Only
+        # they meet the clamp: it keeps the Gamma function finite.
         c = counts.double()
         log_weights = torch.lgamma(c + 1) - torch.lgamma((c - power).clamp_min(-0.999) + 1)
         weights = log_weights.masked_fill(counts < least, -torch.inf).softmax(0)
+        # A draw from the weights, by a generator that may live on another device.
         u = torch.rand((), generator=generator, device=pool.device).item()
         chosen.append(values[(weights.cumsum(0) < u).sum()])
     return torch.stack(chosen).view(*pool.shape[:-2], -1).to(pool.device)
@@ -131,7 +132,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
         # Append and continue.
         text = torch.cat([text, chunk], dim=1)
         unread = chunk
-        if cache.length == longest:  # the context is full: read its newer half again
+        if cache.length == longest:  # full: read the newer half again, from position 0
             unread, cache = text[:, -max(1, longest // 2) * K :], KVCache()
     return text[:, : T + n_tokens]
 
@@ -139,7 +140,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
 # ------ Tokenizers and checkpoints
 
 END_OF_TEXT = "<|endoftext|>"
-# How Llama 3 cuts a text before byte pairs are merged: for all files of ranks, which do not say it.
+# How Llama 3 cuts a text before byte pairs are merged: for all files of ranks, which have no rule.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -147,7 +148,7 @@ PATTERN = (
 
 
 def make_encoding(ranks):
-    """The tiktoken.Encoding of {token bytes: rank} and one token more, which ends a text."""
+    """The tiktoken.Encoding of {token bytes: rank, its number} and an end-of-text token."""
     end = len(ranks)
     if end == 128_000:  # Llama 3 has a token that begins a text before it
         end += 1
@@ -211,7 +212,7 @@ def write_text(model, encoding, prompt, n_tokens, temperature, pool=200):
     new = generate(model, tokens, n_tokens, temperature, pool)[0, len(ids) :].tolist()
     if encoding.eot_token in new:
         new = new[: new.index(encoding.eot_token)]
-    known = [t for t in new if t < len(encoding._mergeable_ranks)]  # a vocabulary may have more
+    known = [t for t in new if t < len(encoding._mergeable_ranks)]  # the others have no bytes
     return prompt + encoding.decode(known)
 
 

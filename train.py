@@ -24,7 +24,7 @@ from calm import CALMConfig, TransformerConfig, evaluate_brier
 
 # ------ Settings: each row is a flag, each preset a column of defaults
 
-PRESETS = ("quick", "gpu", "calm_m")  # minutes on two CPU cores; hours on a GPU; as published
+PRESETS = ("quick", "gpu", "calm_m")  # minutes on two cores; hours on a GPU; published sizes
 SETTINGS = {
     "tokenizer": ("bytes", "gpt2", "gpt2", "bytes, a name of tiktoken's, or a file of ranks"),
     "chunk_size": (4, 4, 4, "K, tokens in a chunk"),
@@ -47,7 +47,7 @@ SETTINGS = {
 }
 BETAS, GRADIENT_CLIP = (0.9, 0.95), 1.0  # as published
 HELD_OUT, STRIDE = 1024, 16  # sequences for the last score; the scores before take every 16th
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 
 def parse_settings():
@@ -61,7 +61,7 @@ def parse_settings():
     add("--resume", action="store_true", help="go on with the run in --out_dir")
     add("--seed", type=int, default=0, help="of all that is random (0)")
     add("--device", default="auto", help="cpu, cuda or mps (the best there is)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (by the device)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (the device's best)")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the step (on CUDA)")
     for name, (*values, text) in SETTINGS.items():
         add(f"--{name}", type=type(values[0]), help=f"{text} {tuple(values)}")
@@ -82,7 +82,7 @@ def parse_settings():
     if args.device == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = args.dtype or ("bfloat16" if has_bfloat16 else "float16")
-        args.compile = args.compile is not False
+        args.compile = args.compile is not False  # None, without a flag, means yes
     args.dtype = args.dtype or "float32"
     return args
 
@@ -164,7 +164,7 @@ def load_tokens(args):
         if WORLD > 1:
             dist.barrier()
     files = folder / "train.bin", folder / "validation.bin"
-    enough = min(file.stat().st_size for file in files) >= 4 * args.context
+    enough = min(file.stat().st_size for file in files) >= 4 * args.context  # 4 bytes a token
     assert enough, f"the text of {args.data} is too short for --context {args.context}"
     train, validation = [np.memmap(file, np.int32, mode="r") for file in files]
     about = json.loads((folder / "data.json").read_text())
@@ -215,7 +215,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
     n = min(len(validation) // args.context, HELD_OUT) * args.context
     held_out = torch.tensor(validation[:n], device=args.device).long().view(-1, args.context)
 
-    # AdamW for embeddings, biases and norms; AdamW or Muon for all other matrices.
+    # AdamW for embeddings, un-embedding, biases and norms; AdamW or Muon for all other matrices.
     model.to(args.device).train()
     matrices, others = [], []
     for name, p in model.named_parameters():
@@ -229,12 +229,12 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
         optimiser = torch.optim.AdamW(matrices, betas=BETAS, weight_decay=0.1, fused=True)
     optimisers = [optimiser, torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)]
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    # Half precision with --dtype. TF32 stays off: the loss is made of small distances.
+    # Matrix products in --dtype; autocast keeps `cdist`, the loss, in float32. TF32 stays off.
     half = torch.autocast(args.device, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
-    if RANK == 0 and not args.resume:  # an earlier run's models go, and a CALM with its autoencoder
+    if RANK == 0 and not args.resume:  # delete an earlier run's, and a CALM with its autoencoder
         path.unlink(missing_ok=True)
         if kind == "autoencoder":
             path.with_name("calm.pt").unlink(missing_ok=True)
@@ -255,7 +255,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
         for optimiser in optimisers:
             optimiser.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
 
-        # A batch, the same in all processes. Each takes its share, and noise of its own.
+        # A batch. Process RANK of WORLD takes its share of it, and makes noise of its own.
         seed_step(args.seed, step)
         batch = random_windows(train_tokens, args.batch_size, args.context)  # (B, T)
         batch = batch[RANK::WORLD].to(args.device)
@@ -281,7 +281,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
         # Every 10 seconds, a line on the screen. Reading the loss makes a GPU wait.
         now = time.monotonic()
         if step == done + 1:
-            start, line_at = now - seconds, now  # now - start: training time, but for this step
+            start, line_at = now - seconds, now  # now - start: time of all steps but the first
         evaluating = step % args.eval_interval == 0 or step == steps
         if RANK > 0 or not (evaluating or now - line_at > 10):
             continue
@@ -293,7 +293,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
         # Now and then, a score on held-out text …
         if evaluating:
             some = held_out if step == steps else held_out[::STRIDE]
-            scores = evaluate(model.eval(), some, len(part))
+            scores = evaluate(model.eval(), some, len(part))  # as many at once as in training
             model.train()
             row = {"stage": kind, "step": step, "tokens": tokens, "seconds": seconds, "loss": loss}
             log.append(row | scores | {"parameters": sum(p.numel() for p in matrices + others)})
@@ -312,7 +312,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
                 shutil.copyfile(path, f"{path}.old")
             os.replace(f"{path}.part", path)
         line_at = time.monotonic()
-        start += line_at - now  # scores and checkpoints are no training time
+        start += line_at - now  # without scores and checkpoints
     return log
 
 
@@ -349,7 +349,7 @@ def main():
             same = saved["configs"]["autoencoder"] == configs["autoencoder"]
             assert same, f"the sizes in {out_dir}/autoencoder.pt differ: chunk_size, latent_size …"
             model.autoencoder.load_state_dict(saved["weights"])
-            log = saved["log"]
+            log = saved["log"]  # the autoencoder's rows, also with --stage calm
         log = log + train(kind, model, configs, args, train_tokens, validation, encoding)
         if WORLD > 1:
             dist.barrier()  # the next stage reads what the first process writes

@@ -61,7 +61,7 @@ def parse_settings():
     add("--resume", action="store_true", help="go on with the run in --out_dir")
     add("--seed", type=int, default=0, help="of all that is random (0)")
     add("--device", default="auto", help="cpu, cuda or mps (the best there is)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (the device's best)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (device's best)")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the step (on CUDA)")
     for name, (*values, text) in SETTINGS.items():
         add(f"--{name}", type=type(values[0]), help=f"{text} {tuple(values)}")

@@ -1,6 +1,7 @@
-"""`python classroom/figures.py [NAME …]`: four pictures of the method, into classroom/pictures/.
+"""`python classroom/figures.py [NAME …]`: five pictures of the method, into classroom/pictures/.
 
     energy        a sampler learns a ring of Gaussians; with alpha = 2 it learns only the mean
+    blur          what a draw between two codes costs, for three alpha
     robustness    how much noise an autoencoder bears, without each of its regularisers
     temperature   what both methods draw, beside the exact distribution
     draws         how many draws the exact method reads for a chunk of a trained model's text
@@ -86,6 +87,51 @@ def draw_energy(_):
     figure.axes[0].set_ylabel("y₂")
     figure.axes[0].legend(loc="lower left")
     save(figure, "energy")
+
+
+def price_of_blur(agreement, alpha, weight=0.0):
+    """What it adds to the loss, relative to that of exact draws, if the part of one token is always
+    half-way between its code and the middle. The token has two values, with codes -1 and 1. The
+    other three tokens of a chunk are right, and agree with probability `agreement`; else they add
+    three times 2^2 to a squared distance. `weight` is that of a score of the one part alone.
+    """
+    codes = torch.tensor([[-1.0], [1.0]])
+    draws = 0.5 * codes
+
+    def loss(x, y):
+        part = torch.cdist(x, y)  # (2, 2)
+        whole = (part**2 + 3 * 2**2).sqrt()
+        distance = agreement * part**alpha + (1 - agreement) * whole**alpha + weight * part**alpha
+        return distance.mean()
+
+    exact = loss(codes, codes)  # 2 · fidelity - diversity, of equal size
+    return ((2 * loss(draws, codes) - loss(draws, draws)) / exact - 1).item()
+
+
+def draw_blur(_):
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle("A draw between two codes is cheap, unless all other tokens agree")
+    left, right = figure.subplots(1, 2)
+    x, y = torch.arange(8).repeat(2), torch.tensor([-1.0, 1.0]).repeat_interleave(8)
+    left.plot(x, y, "o", color=TRUTH, ms=11, mfc="none", label="codes of chunks")
+    left.plot(x, 0.5 * y, "x", color=OURS, ms=8, label="draws, blurred in one token")
+    left.set(xlabel="part of the other tokens", ylabel="part of one token", ylim=(-1.5, 1.9))
+    left.legend(loc="upper left", ncols=2)
+
+    agreement = torch.logspace(0, -2.5, 30).tolist()
+    lines = [("α = 1", "-", OURS, 1.0, 0), ("α = ½", "--", BATCH, 0.5, 0)]
+    lines += [("α = ¼", "-.", "tab:green", 0.25, 0), ("α = 1, nested", ":", "black", 1.0, 0.4)]
+    for name, style, colour, alpha, weight in lines:
+        price = [100 * price_of_blur(p, alpha, weight) for p in agreement]
+        right.plot(agreement, price, style, color=colour, label=name)
+        at = 100 * price_of_blur(0.03, alpha, weight)
+        print(f"{name}: {at:.2f} % where the others agree in 3 %", flush=True)
+    right.set(xscale="log", yscale="log", xlim=(1, 10**-2.5))
+    right.set_xticks([1, 0.1, 0.01], ["100 %", "10 %", "1 %"])
+    right.set(xlabel="probability that the other tokens agree")
+    right.set(ylabel="price of the blur (% of the loss)")
+    right.legend()
+    save(figure, "blur")
 
 
 # -------------------- The autoencoder
@@ -210,7 +256,7 @@ def draw_draws(out_dir, n_chunks=31, limit=50_000):
     save(figure, "draws")
 
 
-FIGURES = {"energy": draw_energy, "robustness": draw_robustness}
+FIGURES = {"energy": draw_energy, "blur": draw_blur, "robustness": draw_robustness}
 FIGURES |= {"temperature": draw_temperature, "draws": draw_draws}
 
 

@@ -183,6 +183,7 @@ def test_a_new_run_begins_with_neither_model_of_an_earlier_one(undisturbed, tmp_
     ("train --out_dir new --stage calm", "autoencoder.pt"), ("train --n_samples 1", "n_samples"),
     ("train --stage calm --chunk_size 8", "chunk_size"),
     ("train --batch_size 3 --gradient_accumulation_steps 2", "--batch_size"),
+    ("train --alpha 2", "--alpha"), ("train --alpha 0", "--alpha"),
     ("train --out_dir new --stage baseline --lr 1e9", "finite"),
     ("sample --out_dir new", "new/calm.pt"), ("sample --out_dir damaged", "damaged/calm.pt"),
     ("sample --temperature nan", "--temperature"), ("sample --temperature 1.5", "at most 1"),

@@ -38,8 +38,8 @@ class AutoencoderConfig:
 
 
 def kl_divergence(mean, log_std, floor=0.0):
-    """KL( N(mean, std^2) || N(0, I) ), nats: mean, log_std (..., l) -> (...). A dimension below
-    `floor` counts as `floor`: nothing pulls it on to N(0, I)  ("KL clipping", paper section 2).
+    """KL( N(mean, std^2) || N(0, I) ), nats: mean, log_std (..., l) -> (...). It keeps std above 0.
+    A dimension below `floor` counts as `floor`, and has no slope ("KL clipping", paper section 2).
     """
     per_dimension = 0.5 * (mean**2 + torch.exp(2 * log_std) - 1 - 2 * log_std)  # (..., l)
     return per_dimension.clamp_min(floor).sum(-1)
@@ -128,7 +128,7 @@ class Autoencoder(nn.Module):
         self.expand = nn.Linear(d, K * d)
         self.decoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.apply(init_by_width)
-        nn.init.normal_(self.embedding.weight, std=d**-0.5)  # it also makes the logits: of size 1
+        nn.init.normal_(self.embedding.weight, std=d**-0.5)  # for logits of size 1: see `decode`
 
     @classmethod
     def from_pretrained(cls, folder):

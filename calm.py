@@ -64,7 +64,7 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Keys and values of new steps, (B, H, new, d/H) -> of all steps."""
-        if self.length > 0:
+        if self.length > 0:  # steps behind `length` are given up
             k = torch.cat([self.keys[layer][:, :, : self.length], k], dim=2)
             v = torch.cat([self.values[layer][:, :, : self.length], v], dim=2)
         self.keys[layer], self.values[layer] = k, v
@@ -74,7 +74,7 @@ class KVCache:
 def rotate(x, positions):
     """Rotary position embedding: turns coordinates j and j + half of x (B, H, steps, size) by the
     angle position · theta^(-j / half). If q is turned by a and k by b, their product is that of q
-    turned by a - b and k itself: only the difference of their positions matters.
+    turned by a - b and k: only the difference of positions matters.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
@@ -279,13 +279,13 @@ class TransformerLM(nn.Module):
 
 
 def prefix_matches(first, second):
-    """Do the first n tokens agree, n = 1 … 4?  (..., K) each -> (..., min(K, 4)), 1.0 or 0.0."""
+    """Do the first n tokens agree, n = 1 … 4?  (..., C) each -> (..., min(C, 4)), 1.0 or 0.0."""
     return (first == second)[..., :4].float().cumprod(-1)  # 0 from the first difference on
 
 
 def brier_score(first, second, target):
-    """The unbiased estimate of Brier-n, n = 1 … min(K, 4), from independent samples first, second
-    and the text's target, each (..., K) int -> (..., min(K, 4)).
+    """The unbiased estimate of Brier-n, n = 1 … min(C, 4), from independent samples first, second
+    and the text's target, C tokens each: (..., C) int -> (..., min(C, 4)).
     """
     hits = prefix_matches(first, target) + prefix_matches(second, target)
     return hits - prefix_matches(first, second)
@@ -331,7 +331,7 @@ def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samp
     "brier": [4], "brier_lm", "brier_lm_se" (its standard error), "context", "positions".
 
     Of each `context` tokens, up to `positions` chunks, evenly spaced, are predicted: by default
-    all, or for K < 4, where each takes a loop, 8 · K. The result's "positions" are those of all.
+    all, or 8 · K if K < 4, where each takes a loop. The result counts them all.
     """
     K = model.config.chunk_size
     assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"

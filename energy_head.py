@@ -23,7 +23,8 @@ NORM_EPS = 1e-6  # as in autoencoder.py
 #
 #     -D(P, Q) - E |y - y'|^alpha,      y and y' independent draws from Q,
 #
-# where only D depends on P: the "energy distance", 0 if P = Q, and else positive (a theorem).
+# where only D depends on P. D = 2 E |x - y|^alpha - E |x' - x''|^alpha - E |y - y'|^alpha, the
+# "energy distance", is 0 if P = Q, and else positive (a theorem).
 #
 # "Fidelity", E |x - y|^alpha, is small if draws lie near the data. Alone it would pull them all to
 # one point. "Diversity", E |x' - x''|^alpha, keeps them apart. At P = Q the two are equal.
@@ -61,10 +62,10 @@ def energy_score(samples, targets, alpha=1.0):
 def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None):
     """Minus the energy score, averaged over positions; targets are draws from the posterior.
     samples (N, ..., l), mean and log_std (..., l) -> loss, fidelity, diversity: scalars, with
-    loss = 2 · fidelity - diversity. For a perfect head, fidelity and diversity are equal.
+    loss = 2 · fidelity - diversity. For a perfect head the two are equal, on average over a text.
 
     M = 1 would be unbiased, too: more targets only lessen the noise. To save time, all positions
-    use the same M vectors of noise. That does not change the loss on average.
+    share M vectors of noise: on average the loss is the same.
     """
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
     shape = (n_targets, mean.shape[-1])  # (M, l)

@@ -40,9 +40,9 @@ def bernoulli_factory(draws, x, a, generator=None):
     """True with probability P(x)^a, 0 < a < 1. draws: an iterator over draws of P; x (K,).
 
     Trial i makes a draw. If it is x, accept; if not, give up with probability a/i. With q = 1 -
-    P(x), the probabilities to come to trial 1, 2, 3, … are  1, q (1 - a), q^2 (1 - a) (1 - a/2), …
-    Their sum is the binomial series of (1 - q)^(a-1) = P(x)^(a-1). A trial that takes place accepts
-    with probability P(x), and only one can: some trial does with P(x) · P(x)^(a-1) = P(x)^a.
+    P(x), trials 1, 2, 3, … take place with probabilities  1, q (1 - a), q^2 (1 - a) (1 - a/2), …
+    Their sum is the binomial series of (1 - q)^(a-1) = P(x)^(a-1). Each that takes place accepts
+    with probability P(x), and at most one does. So P(accept) = P(x) · P(x)^(a-1) = P(x)^a.
     """
     for i in itertools.count(1):
         if torch.equal(next(draws), x):
@@ -83,8 +83,8 @@ def temperature_sample_batch(pool, temperature, generator=None):
         least, power = n, n + a
         if counts.max() < n:
             least = power = counts.max().item()
-        # log C(c, power), less a constant. Values drawn fewer than `least` times are out. Only
-        # they meet the clamp: it keeps the Gamma function finite.
+        # log C(c, power) = log Γ(c + 1) - log Γ(c - power + 1), less a constant. Values drawn fewer
+        # than `least` times are out. Only they meet the clamp, which keeps Γ finite.
         c = counts.double()
         log_weights = torch.lgamma(c + 1) - torch.lgamma((c - power).clamp_min(-0.999) + 1)
         weights = log_weights.masked_fill(counts < least, -torch.inf).softmax(0)
@@ -140,7 +140,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
 # ------ Tokenizers and checkpoints
 
 END_OF_TEXT = "<|endoftext|>"
-# How Llama 3 cuts a text before byte pairs are merged: for all files of ranks, which have no rule.
+# How Llama 3 cuts a text before it merges byte pairs. Files of tokens do not say it: all get this.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

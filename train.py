@@ -82,7 +82,7 @@ def parse_settings():
     if args.device == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = args.dtype or ("bfloat16" if has_bfloat16 else "float16")
-        args.compile = args.compile is not False  # None, without a flag, means yes
+        args.compile = args.compile is not False  # None means yes
     args.dtype = args.dtype or "float32"
     return args
 
@@ -211,7 +211,7 @@ def evaluate(model, held_out, batch_size):
 def train(kind, model, configs, args, train_tokens, validation, encoding):
     """Trains a model and leaves {kind}.pt in --out_dir. Returns the log, a dict for each score."""
     steps = args.autoencoder_steps if kind == "autoencoder" else args.steps
-    n_parts = max(1, args.gradient_accumulation_steps // WORLD)
+    n_parts = max(1, args.gradient_accumulation_steps // WORLD)  # of a process's share
     assert args.batch_size % (WORLD * n_parts) == 0, "--batch_size is no multiple of its parts"
     n = min(len(validation) // args.context, HELD_OUT) * args.context
     held_out = torch.tensor(validation[:n], device=args.device).long().view(-1, args.context)
@@ -235,7 +235,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
 
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
-    if RANK == 0 and not args.resume:  # delete an earlier run's, and a CALM with its autoencoder
+    if RANK == 0 and not args.resume:  # delete earlier models; a CALM goes with its autoencoder
         path.unlink(missing_ok=True)
         if kind == "autoencoder":
             path.with_name("calm.pt").unlink(missing_ok=True)
@@ -279,14 +279,14 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
             optimiser.zero_grad()
         scaler.update()
 
-        # Every 10 seconds, a line on the screen. Reading the loss makes a GPU wait.
-        now = time.monotonic()
-        if step == done + 1:
-            start, line_at = now - seconds, now  # now - start: time of all steps but the first
+        # Every 10 seconds, a line on the screen. Only then is the loss read: that waits for a GPU.
+        if step == done + 1:  # the first step, which may compile, does not count
+            start, line_at = time.monotonic() - seconds, time.monotonic()
         evaluating = step % args.eval_interval == 0 or step == steps
-        if RANK > 0 or not (evaluating or now - line_at > 10):
+        if RANK > 0 or not (evaluating or time.monotonic() - line_at > 10):
             continue
         loss = loss.item()
+        now = time.monotonic()
         seconds, tokens = now - start, step * args.batch_size * args.context
         print(f"{kind} {step}/{steps}: loss {loss:.3f}, {tokens / (seconds + 1e-9):,.0f} tokens/s, "
               f"{seconds / step * (steps - step) / 60:.1f} minutes left", flush=True)
@@ -294,7 +294,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
         # Now and then, a score on held-out text …
         if evaluating:
             some = held_out if step == steps else held_out[::STRIDE]
-            scores = evaluate(model.eval(), some, len(part))  # as many at once as in training
+            scores = evaluate(model.eval(), some, len(part))
             model.train()
             row = {"stage": kind, "step": step, "tokens": tokens, "seconds": seconds, "loss": loss}
             log.append(row | scores | {"parameters": sum(p.numel() for p in matrices + others)})
@@ -313,7 +313,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
                 shutil.copyfile(path, f"{path}.old")
             os.replace(f"{path}.part", path)
         line_at = time.monotonic()
-        start += line_at - now  # without scores and checkpoints
+        start += line_at - now  # nor do scores and checkpoints
     return log
 
 

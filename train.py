@@ -35,7 +35,7 @@ SETTINGS = {
     # The paper has N = 8, M = 100, alpha = 1 and AdamW. With a small model that is slow to learn.
     "n_samples": (4, 8, 8, "N, draws of the head for a position"),
     "n_targets": (25, 100, 100, "M, draws of the posterior for a position"),
-    "alpha": (0.25, 1.0, 1.0, "exponent of the distances in the loss"),
+    "alpha": (0.25, 0.25, 1.0, "exponent of the distances in the loss"),
     "context": (256, 2048, 8192, "tokens in a sequence"),
     "batch_size": (16, 32, 256, "sequences in a step"),
     "gradient_accumulation_steps": (1, 2, 64, "parts of a batch: less memory"),

@@ -189,8 +189,8 @@ def learning_rate(step, steps, highest):
 
 
 def seed_step(seed, step, rank=0):
-    """Each step has a seed: a resumed run draws what it would have drawn."""
-    torch.manual_seed(((seed << 40) + (step << 8) + rank) % 2**63)
+    """A seed for each step: a resumed run draws what it would have drawn."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
 
 
 @torch.no_grad()

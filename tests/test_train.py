@@ -90,6 +90,11 @@ def test_windows_begin_anywhere_and_stay_inside():
     assert windows[:, 0].unique().tolist() == list(range(13))
 
 
+def test_seeds_steps_and_processes_draw_different_numbers():
+    draws = {(train.seed_step(*ids), torch.rand(()).item()) for ids in np.ndindex(3, 3, 3)}
+    assert len(draws) == 27
+
+
 def test_the_learning_rate_rises_then_falls_to_zero():
     rates = [train.learning_rate(step, 1000, 2.0) for step in range(1, 1001)]
     assert rates[:50] == pytest.approx([2.0 * step / 50 for step in range(1, 51)])
@@ -178,13 +183,12 @@ def test_a_new_run_begins_with_neither_model_of_an_earlier_one(undisturbed, tmp_
     ("train --data run --context 20000", "too short"), ("train --data latin.txt", "utf-8"),
     ("train --tokenizer text.txt", "text.txt"), ("train --chunk_size 3", "--chunk_size 3"),
     ("train --hidden_size 18 --n_heads 2", "hidden_size 18"), ("train --steps 0", "--steps"),
-    ("train --lr nan", "--lr"), ("train --device abacus", "abacus"),
+    ("train --lr nan", "--lr"), ("train --device abacus", "abacus"), ("train --alpha 0", "--alpha"),
     ("train --out_dir text.txt", "text.txt"), ("train --out_dir new --resume", "--resume"),
     ("train --out_dir new --stage calm", "autoencoder.pt"), ("train --n_samples 1", "n_samples"),
-    ("train --stage calm --chunk_size 8", "chunk_size"),
+    ("train --stage calm --chunk_size 8", "chunk_size"), ("train --seed -1", "non-negative"),
     ("train --batch_size 3 --gradient_accumulation_steps 2", "--batch_size"),
-    ("train --alpha 2", "--alpha"), ("train --alpha 0", "--alpha"),
-    ("train --out_dir new --stage baseline --lr 1e9", "finite"),
+    ("train --out_dir new --stage baseline --lr 1e9", "finite"), ("train --alpha 2", "--alpha"),
     ("sample --out_dir new", "new/calm.pt"), ("sample --out_dir damaged", "damaged/calm.pt"),
     ("sample --temperature nan", "--temperature"), ("sample --temperature 1.5", "at most 1"),
     ("sample --prompt FILE:missing.txt", "missing.txt"), ("sample --pretrained empty", "config"),
@@ -201,18 +205,14 @@ def test_a_mistake_is_one_sentence(undisturbed, tmp_path, monkeypatch, command, 
     Path("latin.txt").write_bytes(b"caf\xe9 " * 1000)
     Path("damaged/calm.pt").write_bytes(Path("run/calm.pt").read_bytes()[:1000])
     before = {path: path.read_bytes() for path in Path().rglob("*.pt")}
-
-    arguments = arguments.replace("GOLDEN", str(Path(__file__).parent / "golden" / "k4"))
-    script, *words = arguments.split()
-    if script == "train":
-        assert word in command(train.main, *SIZES, *words)
-    else:
-        assert word in command(sample.main, "--out_dir", "run", *words)
+    script, *words = arguments.replace("GOLDEN", f"{Path(__file__).parent}/golden/k4").split()
+    begun = (train.main, *SIZES) if script == "train" else (sample.main, "--out_dir", "run")
+    assert word in command(*begun, *words)
     after = {path: path.read_bytes() for path in Path().rglob("*.pt")}
     assert before.items() <= after.items() and not list(Path().rglob("*.part"))
     for path in after.keys() - before.keys():
-        weights = torch.load(path, weights_only=True)["weights"].values()
-        assert all(weight.isfinite().all() for weight in weights)
+        weights = torch.load(path, weights_only=True)["weights"]
+        assert all(weight.isfinite().all() for weight in weights.values())
 
 
 def test_a_score_does_not_depend_on_the_size_of_the_batches():

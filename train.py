@@ -211,7 +211,7 @@ def evaluate(model, held_out, batch_size):
 def train(kind, model, configs, args, train_tokens, validation, encoding):
     """Trains a model and leaves {kind}.pt in --out_dir. Returns the log, a dict for each score."""
     steps = args.autoencoder_steps if kind == "autoencoder" else args.steps
-    n_parts = max(1, args.gradient_accumulation_steps // WORLD)  # of a process's share
+    n_parts = max(1, args.gradient_accumulation_steps // WORLD)
     assert args.batch_size % (WORLD * n_parts) == 0, "--batch_size is no multiple of its parts"
     n = min(len(validation) // args.context, HELD_OUT) * args.context
     held_out = torch.tensor(validation[:n], device=args.device).long().view(-1, args.context)

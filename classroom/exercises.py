@@ -59,7 +59,7 @@ losses(Autoencoder, training=True, dropout=1.0)  # inputs are 0, z is 0, but the
 losses(Autoencoder, training=True, dropout=0.0)  # z is a draw from the posterior
 losses(Autoencoder, training=True, kl_floor=1e4)  # last number: gradients pass through z"""),
     Exercise(3, "energy_head.py", "fidelity_and_diversity",
-        "distances by torch.cdist, .clamp_min(1e-12) or the gradient at 0 is NaN, ** alpha; "
+        "distances by torch.cdist, .clamp_min(1e-12) against infinite slopes at 0, ** alpha; "
         "fidelity is a mean over N·M pairs, diversity over the N (N - 1) pairs of two samples",
         "score or largest or gradient", 1e-4, """
 fidelity_and_diversity(tensor([[0.0], [2.0], [4.0]]), tensor([[1.0], [3.0]]), 1.0)  # 5/3, 8/3
@@ -84,7 +84,7 @@ brier_score(*torch.zeros(3, 5, 8, dtype=torch.long))  # five chunks of 8: n = 1 
 brier_lm([0.4, 0.2, 0.1, 0.05])  # 100 · 0.0004^(1/4)
 brier_lm(tensor([-0.1, -0.1, -0.1, -0.02]))  # each factor is 0"""),
     Exercise(7, "sample.py", "temperature_sample_exact",
-        "n, a = inverse_temperature(…); draws = one_by_one(…), to be read by next(draws). Again "
+        "n, a = inverse_temperature(…); draws = one_by_one(…), made once. Again "
         "and again: n new draws; if all are equal, and for a > 0 bernoulli_factory(…) is True, "
         "return one of them",
         "exact_sampler or factory_with", 0.03, """

@@ -28,7 +28,7 @@ def tiny_calm(chunk_size=4, vocab_size=13, context=32, seed=0, noisy=True):
     sizes = {"latent_size": 8, "hidden_size": 16, "intermediate_size": 32}
     autoencoder = Autoencoder(AutoencoderConfig(vocab_size, chunk_size, **sizes))
     sizes |= {"n_layers": 2, "n_heads": 2, "noise_size": 4, "n_head_blocks": 1}
-    sizes |= {"n_samples": 4, "n_targets": 10, "context": context}
+    sizes |= {"n_samples": 4, "n_targets": 10, "alpha": 0.5, "context": context}
     model = CALM(CALMConfig(vocab_size, chunk_size, **sizes), autoencoder).eval()
     torch.nn.init.normal_(model.head.final[-1].weight)
     if not noisy:

@@ -43,4 +43,4 @@ def test_each_link_leads_somewhere(page):
 def test_each_training_command_is_understood(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", shlex.split(command))
     args = train.parse_settings()
-    train.model_configs(args, vocab_size=257)
+    assert train.model_configs(args, vocab_size=257)["calm"]["alpha"] == args.alpha

@@ -38,15 +38,16 @@ class AutoencoderConfig:
 
 
 def kl_divergence(mean, log_std, floor=0.0):
-    """KL( N(mean, std^2) || N(0, I) ), nats: mean, log_std (..., l) -> (...). It keeps std above 0.
-    A dimension below `floor` counts as `floor`, and has no slope ("KL clipping", paper section 2).
+    """KL( N(mean, std^2) || N(0, I) ), nats: mean, log_std (..., l) -> (...).
+    "KL clipping" (paper, section 2): a dimension whose KL is below `floor` counts as `floor`. So it
+    has no gradient, and is not pulled on to N(0, 1), where it would say nothing.
     """
     per_dimension = 0.5 * (mean**2 + torch.exp(2 * log_std) - 1 - 2 * log_std)  # (..., l)
     return per_dimension.clamp_min(floor).sum(-1)
 
 
 def init_by_width(module):
-    """Linear maps start with std 1/sqrt(fan-in), embeddings with std 1: signals of size 1 stay so.
+    """Linear maps start with std 1/sqrt(fan-in): they keep a signal's size. Embeddings: std 1.
     The released code has 0.02 for both, which is 1/sqrt(2500): right for a width of 2500.
     """
     if isinstance(module, nn.Linear):
@@ -102,7 +103,7 @@ class ResidualBlock(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Codes each chunk on its own.    (paper, section 2; in the released code `Autoencoder`)"""
+    """Codes each chunk on its own.               (paper, section 2; released: `Autoencoder`)"""
 
     RELEASED_NAMES = [  # in the authors' checkpoints, and here
         ("encoder.embed_tokens", "embedding"), ("decoder.lm_head_weight", "embedding.weight"),
@@ -128,7 +129,7 @@ class Autoencoder(nn.Module):
         self.expand = nn.Linear(d, K * d)
         self.decoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.apply(init_by_width)
-        nn.init.normal_(self.embedding.weight, std=d**-0.5)  # for logits of size 1: see `decode`
+        nn.init.normal_(self.embedding.weight, std=d**-0.5)  # also maps to logits: of size 1
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -150,8 +151,7 @@ class Autoencoder(nn.Module):
         x = self.squeeze(x.flatten(-2))  # (..., d): here the K tokens meet
         x = self.encoder_blocks[half:](x)
         x = self.to_posterior(self.encoder_norm(x))  # (..., 2·l)
-        mean, log_std = x.split(self.config.latent_size, dim=-1)
-        return mean, log_std
+        return x.split(self.config.latent_size, dim=-1)  # mean, log_std
 
     def decode(self, latent):
         """latent (..., l) -> logits (..., K, V)."""
@@ -169,7 +169,7 @@ class Autoencoder(nn.Module):
         c = self.config
         tokens = tokens.unflatten(-1, (-1, c.chunk_size))  # (..., L, K)
         inputs = tokens
-        if self.training:  # DropToken: some become id 0 (a token like any other), to be guessed
+        if self.training:  # DropToken: some become id 0. The rest of the chunk tells which.
             lost = torch.rand(tokens.shape, device=tokens.device) < c.dropout
             inputs = tokens.masked_fill(lost, 0)
         mean, log_std = self.encode(inputs)  # (..., L, l) each

@@ -64,7 +64,7 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Keys and values of new steps, (B, H, new, d/H) -> of all steps."""
-        if self.length > 0:  # steps behind `length` are given up
+        if self.length > 0:  # of what is there, keep the first `length` steps
             k = torch.cat([self.keys[layer][:, :, : self.length], k], dim=2)
             v = torch.cat([self.values[layer][:, :, : self.length], v], dim=2)
         self.keys[layer], self.values[layer] = k, v
@@ -72,9 +72,9 @@ class KVCache:
 
 
 def rotate(x, positions):
-    """Rotary position embedding: turns coordinates j and j + half of x (B, H, steps, size) by the
-    angle position · theta^(-j / half). If q is turned by a and k by b, their product is that of q
-    turned by a - b and k: only the difference of positions matters.
+    """Rotary position embedding: coordinates j and j + half of x (B, H, steps, size) are a point in
+    a plane, and turn by the angle position · theta^(-j / half). If q and k turn by the same angle,
+    q·k stays the same. So q·k depends only on the difference of their positions.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
@@ -150,7 +150,7 @@ class CALM(nn.Module):
     """A Transformer that predicts vectors.     (paper, section 3; released: `EnergyTransformer`)"""
 
     RELEASED_NAMES = [
-        ("generative_head.", "head."), ("mlp_generator.", "head."),  # the head, saved twice
+        ("generative_head.", "head."), ("mlp_generator.", "head."),  # two names of one head
         ("noise_embd", "noise_in"), ("norm_noise", "noise_norm"), ("hidden_embd", "hidden_in"),
         ("norm_hidden", "hidden_norm"), ("mlp_blocks", "blocks"), ("in_ln", "norm"),
         ("final_layer.norm", "final_norm"), ("final_layer.linears", "final"), ("linears", "mlp"),
@@ -190,7 +190,7 @@ class CALM(nn.Module):
         # The folder does not name its autoencoder's sizes, but the weights have them.
         inner, d = weights["autoencoder.encoder_blocks.0.mlp.gate.weight"].shape
         sizes = (config.vocab_size, config.chunk_size, config.latent_size, d, inner)
-        with torch.device("meta"):  # shapes without memory
+        with torch.device("meta"):
             model = cls(config, Autoencoder(AutoencoderConfig(*sizes)))
         model.load_state_dict(weights, assign=True)
         if autoencoder is not None:
@@ -215,15 +215,15 @@ class CALM(nn.Module):
         # N draws of the vector after each chunk but the last.
         hidden = self.hidden_states(tokens[:, : -c.chunk_size])  # (B, L-1, d)
         samples = self.head.sample(hidden, c.n_samples)  # (N, B, L-1, l)
-        # The target is what the frozen encoder says of the chunk that the text has there.
+        # The targets: the frozen encoder's posterior of the text's own next chunk.
         chunks = tokens.unflatten(1, (-1, c.chunk_size))  # (B, L, K)
         with torch.no_grad():
             mean, log_std = self.autoencoder.encode(chunks[:, 1:])  # (B, L-1, l)
         loss, fidelity, diversity = energy_loss(samples, mean, log_std, c.n_targets, c.alpha)
         metrics = {"fidelity": fidelity.detach(), "diversity": diversity.detach()}
         if not self.training:  # how sure is the decoder of what it reads in a draw?
-            z = samples[0].detach().flatten(0, 1)[:512]  # (512, l)
-            best = self.autoencoder.decode(z).softmax(-1).amax(-1)  # (512, K)
+            z = samples[0].detach().flatten(0, 1)[:512]  # (up to 512, l)
+            best = self.autoencoder.decode(z).softmax(-1).amax(-1)  # (up to 512, K)
             metrics["confidence"] = best.prod(-1).mean()
         return loss, metrics
 
@@ -263,7 +263,7 @@ class TransformerLM(nn.Module):
 
     @torch.no_grad()
     def draw_chunks(self, hidden, n, generator=None, temperature=1.0):
-        """n draws of the next token: hidden (..., d) -> (n, ..., 1) int."""
+        """n draws of the next token: hidden (B, ..., d) -> (n, B, ..., 1) int."""
         logits = self.unembedding(hidden).float() / temperature  # (..., V)
         P = logits.softmax(-1).flatten(0, -2)  # (rows, V)
         draws = P.multinomial(n, replacement=True, generator=generator)  # (rows, n)
@@ -299,8 +299,8 @@ def brier_lm(brier):
 
 
 def draw_continuations(model, tokens, at, n):
-    """n continuations after the chunks `at` (A numbers), and the text's own: tokens (B, T) ->
-    (n, B, A, >= 4), (B, A, >= 4).
+    """After each chunk i of the list `at`: n draws of the next 4 tokens or more (whole chunks), and
+    the text's own. tokens (B, T) -> (n, B, A, C), (B, A, C), with A = len(at), C >= 4.
     """
     B, K = len(tokens), model.config.chunk_size
     n_chunks = math.ceil(4 / K)
@@ -309,8 +309,8 @@ def draw_continuations(model, tokens, at, n):
         hidden = model.hidden_states(tokens)  # (B, L, d)
         return model.draw_chunks(hidden[:, at], n), target
 
-    # For K < 4 a continuation takes several steps. They replace all that the cache holds after
-    # place i. So the last place comes first: what lies before it is still the text's.
+    # For K < 4 this takes several steps, and they overwrite what the cache holds after chunk i. So
+    # go from the last i to the first: then what it holds up to chunk i is still the text's.
     cache = KVCache()
     hidden = model.hidden_states(tokens.repeat(n, 1), cache)  # (n·B, L, d)
     drawn = []
@@ -331,7 +331,7 @@ def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samp
     "brier": [4], "brier_lm", "brier_lm_se" (its standard error), "context", "positions".
 
     Of each `context` tokens, up to `positions` chunks, evenly spaced, are predicted: by default
-    all, or 8 · K if K < 4, where each takes a loop. The result counts them all.
+    all, or 8 · K if K < 4, to save time. The result's "positions" is their total.
     """
     K = model.config.chunk_size
     assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"
@@ -339,19 +339,21 @@ def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samp
     n_places = context // K - math.ceil(4 / K)  # 4 tokens or more must follow
     if positions is None:
         positions = n_places if K >= 4 else 8 * K
-    at = list(range(0, n_places, math.ceil(n_places / positions)))
+    every = math.ceil(n_places / positions)
+    at = list(range(every // 2, n_places, every))
     sequences = tokens[: len(tokens) // context * context].view(-1, context)
     scores = []
     for batch in sequences.split(batch_size):
         drawn, target = draw_continuations(model, batch.to(device), at, n_samples)
-        # Each pair of samples gives an estimate.
+        # Each pair of samples is an estimate.
         pairs = [brier_score(x1, x2, target) for x1, x2 in itertools.combinations(drawn, 2)]
         scores.append(torch.stack(pairs).mean((0, 2)).cpu())  # (pairs, B, A, 4) -> (B, 4)
     scores = torch.cat(scores)
 
-    # The bootstrap: how does the score vary over sequences drawn with replacement?
+    # The bootstrap: scores of sequences drawn again, with replacement. Do they vary?
     again = torch.randint(len(scores), (1000, len(scores)))
-    resampled = torch.tensor([brier_lm(brier) for brier in scores[again].mean(1)])
+    briers = scores[again].mean(1)  # (1000, 4)
+    resampled = torch.tensor([brier_lm(brier) for brier in briers])
     brier, error = scores.mean(0), resampled.std().item()
     result = {"brier": brier.tolist(), "brier_lm": brier_lm(brier), "brier_lm_se": error}
     return result | {"context": context, "positions": len(scores) * len(at)}

@@ -1,8 +1,8 @@
 """The energy head: a sampler of vectors, and the score that trains it.      (CALM paper, section 3)
 
 There is no softmax over vectors. The energy head is only a *sampler*: it turns a hidden state and
-random noise into one vector. Nobody can ask it how probable a vector is. The energy score needs
-only samples to tell a good sampler from a bad one.
+random noise into one vector. The energy score needs only samples to tell a good sampler from a bad
+one.
 
 Letters: N head samples, M target samples, l latent size, d width, ... any leading dimensions.
 """
@@ -19,12 +19,12 @@ NORM_EPS = 1e-6  # as in autoencoder.py
 #     S(P, y) = E |x' - x''|^alpha  -  2 E |x - y|^alpha,      x, x', x'' independent draws from P
 #
 # For 0 < alpha < 2 it is *strictly proper*: if the truth is Q, its mean over y ~ Q is largest at
-# P = Q, and only there. For that mean is
+# P = Q, and only there. For let y and y' be independent draws from Q. The "energy distance"
 #
-#     -D(P, Q) - E |y - y'|^alpha,      y and y' independent draws from Q,
+#     D = 2 E |x - y|^alpha - E |x' - x''|^alpha - E |y - y'|^alpha
 #
-# where only D depends on P. D = 2 E |x - y|^alpha - E |x' - x''|^alpha - E |y - y'|^alpha, the
-# "energy distance", is 0 if P = Q, and else positive (a theorem).
+# is 0 if P = Q, and else positive (a theorem). The mean of S is -D - E |y - y'|^alpha, where only D
+# depends on P.
 #
 # "Fidelity", E |x - y|^alpha, is small if draws lie near the data. Alone it would pull them all to
 # one point. "Diversity", E |x' - x''|^alpha, keeps them apart. At P = Q the two are equal.
@@ -37,11 +37,11 @@ def fidelity_and_diversity(x, y, alpha):
     N = x.shape[-2]
     assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
     assert N >= 2, "the diversity of a sampler needs at least 2 samples"
-    # For alpha < 1 the slope of |.|^alpha at 0 is infinite. The clamp makes it 0.
+    # Near 0, |.|^alpha is steep if alpha < 1. Below the clamp's bound the gradient is 0.
     to_targets = torch.cdist(x, y).clamp_min(1e-12) ** alpha  # (..., N, M)
     to_each_other = torch.cdist(x, x).clamp_min(1e-12) ** alpha  # (..., N, N)
     fidelity = to_targets.mean((-1, -2))
-    # A sample's distance to itself is 0 and does not count as a pair: N (N - 1), not N^2.
+    # A sample's distance to itself is no pair, and 0 but for the clamp: N (N - 1), not N^2.
     diversity = to_each_other.sum((-1, -2)) / (N * (N - 1))
     return fidelity, diversity
 
@@ -50,7 +50,7 @@ def energy_score(samples, targets, alpha=1.0):
     """The energy score of a sampler at observed targets, to be *maximised*.      (paper, section 3)
     samples (N, ..., l), targets (M, ..., l) -> (...), unbiased; N >= 2, 0 < alpha < 2.
     """
-    # `cdist` works with |x|^2 + |y|^2 - 2 x·y. Far from the origin, these are large numbers, and
+    # For many points `cdist` uses |x|^2 + |y|^2 - 2 x·y. Far from the origin these are large, and
     # rounding would swamp small distances. So shift all points: the targets' mean to the origin.
     centre = targets.mean(0)
     x = (samples - centre).movedim(0, -2)  # (..., N, l)
@@ -62,15 +62,15 @@ def energy_score(samples, targets, alpha=1.0):
 def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None):
     """Minus the energy score, averaged over positions; targets are draws from the posterior.
     samples (N, ..., l), mean and log_std (..., l) -> loss, fidelity, diversity: scalars, with
-    loss = 2 · fidelity - diversity. For a perfect head the two are equal, on average over a text.
+    loss = 2 · fidelity - diversity. For a perfect head these are equal, on average over a text.
 
-    M = 1 would be unbiased, too: more targets only lessen the noise. To save time, all positions
-    share M vectors of noise: on average the loss is the same.
+    M = 1 would be unbiased, too; more targets lessen the noise. To save time, all positions share
+    M vectors of noise: on average the loss is the same.
     """
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
     shape = (n_targets, mean.shape[-1])  # (M, l)
     noise = torch.randn(shape, device=mean.device, generator=generator)
-    # As in energy_score, but the centre is known: y = mean + std * noise, less the mean.
+    # Centred, as in energy_score: y = mean + std * noise, less the mean.
     x = (samples - mean).movedim(0, -2)  # (..., N, l)
     y = log_std.exp().unsqueeze(-2) * noise  # (..., M, l)
     fidelity, diversity = fidelity_and_diversity(x, y, alpha)
@@ -83,7 +83,7 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
 
 class HeadBlock(nn.Module):
     """x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]): x (..., d) is what the
-    noise has become, c (..., d) what the hidden state says.            (released code: `MLPBlock`)
+    noise has become, c (..., d) what the hidden state says.                 (released: `MLPBlock`)
     """
 
     def __init__(self, d):
@@ -123,7 +123,7 @@ class EnergyHead(nn.Module):
         nn.init.zeros_(self.final[-1].weight)
 
     def forward(self, hidden, noise):
-        """hidden (..., d) or with fewer dimensions, noise (..., noise_size) -> (..., l)."""
+        """hidden (..., d), noise (..., noise_size) or (n, ..., noise_size) -> like noise, l."""
         x = self.noise_norm(self.noise_in(noise))  # (..., d)
         c = self.hidden_norm(self.hidden_in(hidden))  # (..., d)
         c = c.expand_as(x)  # n draws share one hidden state

@@ -24,7 +24,7 @@ from calm import CALM, CALMConfig, KVCache, TransformerConfig, TransformerLM
 def inverse_temperature(temperature):
     """1/T = n + a as (n, a): a whole number and a fraction 0 <= a < 1."""
     assert 1e-6 <= temperature <= 1, f"the temperature must be above 0 and at most 1: {temperature}"
-    n = math.floor(1 / temperature + 0.004)  # within 0.004, 1/T counts as whole: T may be 0.333
+    n = math.floor(1 / temperature + 0.004)  # 0.004: 1/0.333 is meant as 3, not as 3.003
     a = 1 / temperature - n
     return n, (a if a > 0.004 else 0.0)
 
@@ -41,8 +41,8 @@ def bernoulli_factory(draws, x, a, generator=None):
 
     Trial i makes a draw. If it is x, accept; if not, give up with probability a/i. With q = 1 -
     P(x), trials 1, 2, 3, … take place with probabilities  1, q (1 - a), q^2 (1 - a) (1 - a/2), …
-    Their sum is the binomial series of (1 - q)^(a-1) = P(x)^(a-1). Each that takes place accepts
-    with probability P(x), and at most one does. So P(accept) = P(x) · P(x)^(a-1) = P(x)^a.
+    They add up to (1 - q)^(a-1) = P(x)^(a-1), by Newton's binomial series. A trial accepts with
+    probability P(x), and at most one does. So P(accept) = P(x) · P(x)^(a-1) = P(x)^a.
     """
     for i in itertools.count(1):
         if torch.equal(next(draws), x):
@@ -73,8 +73,8 @@ def temperature_sample_batch(pool, temperature, generator=None):
     pool (..., N, K) int: N draws of a chunk -> (..., K), a choice from each pool.
 
     For T = 1/n: of all sets of n draws that are equal, choose one. A value drawn c times has
-    C(c, n) such sets. If none was drawn n times, take the greatest c for 1/T. For other T, Gamma
-    functions stand for factorials. Biased for a finite N.
+    C(c, n) such sets. If no value was drawn n times, the greatest c takes the place of 1/T. For
+    other T, Gamma functions extend C(c, 1/T). Biased for a finite N.
     """
     n, a = inverse_temperature(temperature)
     chosen = []
@@ -83,12 +83,12 @@ def temperature_sample_batch(pool, temperature, generator=None):
         least, power = n, n + a
         if counts.max() < n:
             least = power = counts.max().item()
-        # log C(c, power) = log Γ(c + 1) - log Γ(c - power + 1), less a constant. Values drawn fewer
-        # than `least` times are out. Only they meet the clamp, which keeps Γ finite.
+        # log C(c, power) = log Γ(c + 1) - log Γ(c - power + 1), less a constant. The clamp keeps Γ
+        # finite for values drawn fewer than `least` times, which are out.
         c = counts.double()
         log_weights = torch.lgamma(c + 1) - torch.lgamma((c - power).clamp_min(-0.999) + 1)
         weights = log_weights.masked_fill(counts < least, -torch.inf).softmax(0)
-        # A draw from the weights, by a generator that may live on another device.
+        # A draw from the weights: the first value at which their sum reaches u.
         u = torch.rand((), generator=generator, device=pool.device).item()
         chosen.append(values[(weights.cumsum(0) < u).sum()])
     return torch.stack(chosen).view(*pool.shape[:-2], -1).to(pool.device)
@@ -124,7 +124,8 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
     K, T = model.config.chunk_size, prompt.shape[1]
     assert T >= K, f"a prompt must have at least {K} tokens, one chunk"
     longest = model.config.context // K - 1  # chunks of history, as in training
-    text, unread, cache = prompt, prompt[:, T % K :][:, -longest * K :], KVCache()
+    unread = prompt[:, T % K :][:, -longest * K :]
+    text, cache = prompt, KVCache()
     while text.shape[1] < T + n_tokens:
         # Read what is new, and draw the next chunk.
         hidden = model.hidden_states(unread, cache)[:, -1]  # (B, d)
@@ -140,7 +141,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
 # ------ Tokenizers and checkpoints
 
 END_OF_TEXT = "<|endoftext|>"
-# How Llama 3 cuts a text before it merges byte pairs. Files of tokens do not say it: all get this.
+# How Llama 3 cuts a text before it merges byte pairs. A file of ranks lacks that: all get this.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -150,7 +151,7 @@ PATTERN = (
 def make_encoding(ranks):
     """The tiktoken.Encoding of {token bytes: rank, its number} and an end-of-text token."""
     end = len(ranks)
-    if end == 128_000:  # Llama 3 has a token that begins a text before it
+    if end == 128_000:  # Llama 3: 128 000 begins a text, 128 001 ends it
         end += 1
     parts = {"mergeable_ranks": ranks, "special_tokens": {END_OF_TEXT: end}}
     return tiktoken.Encoding("ranks", pat_str=PATTERN, **parts)
@@ -206,8 +207,7 @@ def load_model(out_dir, kind):
 def write_text(model, encoding, prompt, n_tokens, temperature, pool=200):
     """`prompt` and its continuation, up to an end of the text, a string."""
     ids = encoding.encode_ordinary(prompt)
-    newlines = encoding.encode_ordinary("\n") * (model.config.chunk_size - len(ids))
-    ids = newlines + ids  # for a prompt shorter than a chunk
+    ids = encoding.encode_ordinary("\n") * (model.config.chunk_size - len(ids)) + ids
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     new = generate(model, tokens, n_tokens, temperature, pool)[0, len(ids) :].tolist()
     if encoding.eot_token in new:

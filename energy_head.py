@@ -123,7 +123,7 @@ class EnergyHead(nn.Module):
         nn.init.zeros_(self.final[-1].weight)
 
     def forward(self, hidden, noise):
-        """hidden (..., d), noise (..., noise_size) or (n, ..., noise_size) -> like noise, l."""
+        """hidden (..., d), noise (n, ..., noise_size) or without n -> (n, ..., l), or without."""
         x = self.noise_norm(self.noise_in(noise))  # (..., d)
         c = self.hidden_norm(self.hidden_in(hidden))  # (..., d)
         c = c.expand_as(x)  # n draws share one hidden state

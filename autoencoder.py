@@ -1,4 +1,4 @@
-"""The autoencoder: K tokens into one vector, and back.                      (CALM paper, section 2)
+"""The autoencoder: K tokens into one vector, and back.  (CALM paper, section 2)
 
 The vector must be exact: the K tokens come back. And robust: the vectors that a language model
 predicts are always a bit wrong.
@@ -30,8 +30,8 @@ class AutoencoderConfig:
     latent_size: int = 128  # l
     hidden_size: int = 512  # d
     intermediate_size: int = 1280  # inner width of SwiGLU
-    n_encoder_layers: int = 2  # half of them before the squeeze
-    n_decoder_layers: int = 2  # half of them before the expansion
+    n_encoder_layers: int = 2  # half for tokens, then half for chunks
+    n_decoder_layers: int = 2  # half for chunks, then half for tokens
     dropout: float = 0.15  # of input tokens and of coordinates of z
     kl_floor: float = 0.5
     kl_weight: float = 1e-3
@@ -39,8 +39,8 @@ class AutoencoderConfig:
 
 def kl_divergence(mean, log_std, floor=0.0):
     """KL( N(mean, std^2) || N(0, I) ), nats: mean, log_std (..., l) -> (...).
-    "KL clipping" (paper, section 2): a dimension whose KL is below `floor` counts as `floor`. So it
-    has no gradient, and is not pulled on to N(0, 1), where it would say nothing.
+    In a loss, it keeps the means from outgrowing the noise. "KL clipping" (paper, section 2): below
+    `floor` a dimension counts as `floor`. It is not pulled on to N(0, 1), where it tells nothing.
     """
     per_dimension = 0.5 * (mean**2 + torch.exp(2 * log_std) - 1 - 2 * log_std)  # (..., l)
     return per_dimension.clamp_min(floor).sum(-1)
@@ -103,7 +103,7 @@ class ResidualBlock(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Codes each chunk on its own.               (paper, section 2; released: `Autoencoder`)"""
+    """Codes each chunk on its own.  (paper, section 2; released: `Autoencoder`)"""
 
     RELEASED_NAMES = [  # in the authors' checkpoints, and here
         ("encoder.embed_tokens", "embedding"), ("decoder.lm_head_weight", "embedding.weight"),
@@ -129,7 +129,7 @@ class Autoencoder(nn.Module):
         self.expand = nn.Linear(d, K * d)
         self.decoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.apply(init_by_width)
-        nn.init.normal_(self.embedding.weight, std=d**-0.5)  # also maps to logits: of size 1
+        nn.init.normal_(self.embedding.weight, std=d**-0.5)  # decode() has it, too
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -163,13 +163,13 @@ class Autoencoder(nn.Module):
         return F.linear(self.decoder_norm(x), self.embedding.weight)
 
     def forward(self, tokens):
-        """tokens (..., L·K) int -> loss (nats per chunk), metrics: scalars.   (paper, section 2)
-        loss = K · CE(decoder(damaged z), tokens) + beta · KL. In evaluation, z is the mean.
+        """tokens (..., L·K) int -> loss (nats per chunk), metrics: scalars.  (paper, section 2)
+        loss = K · CE(decoder(z), tokens) + beta · KL. In training, tokens and z are damaged.
         """
         c = self.config
         tokens = tokens.unflatten(-1, (-1, c.chunk_size))  # (..., L, K)
         inputs = tokens
-        if self.training:  # DropToken: some become id 0. The rest of the chunk tells which.
+        if self.training:  # DropToken: some become id 0. The others tell them.
             lost = torch.rand(tokens.shape, device=tokens.device) < c.dropout
             inputs = tokens.masked_fill(lost, 0)
         mean, log_std = self.encode(inputs)  # (..., L, l) each

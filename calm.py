@@ -42,7 +42,7 @@ class CALMConfig:
 
 @dataclass
 class TransformerConfig:
-    """The paper's discrete Transformer-S (281 M parameters with that vocabulary)."""
+    """The paper's discrete Transformer-S (281 M parameters with Llama 3's)."""
     vocab_size: int
     hidden_size: int = 768
     intermediate_size: int = 2048
@@ -56,7 +56,7 @@ class TransformerConfig:
 
 
 class KVCache:
-    """Keys and values of the steps taken. `draw_continuations` lowers `length` to go back."""
+    """Keys and values of the steps taken. A lower `length` makes it forget the last ones."""
 
     def __init__(self):
         self.length = 0  # steps taken: `Backbone` counts them
@@ -147,7 +147,7 @@ class Backbone(nn.Module):
 
 
 class CALM(nn.Module):
-    """A Transformer that predicts vectors.     (paper, section 3; released: `EnergyTransformer`)"""
+    """A Transformer that predicts vectors.  (paper, section 3; released: `EnergyTransformer`)"""
 
     RELEASED_NAMES = [
         ("generative_head.", "head."), ("mlp_generator.", "head."),  # two names of one head
@@ -270,10 +270,10 @@ class TransformerLM(nn.Module):
         return draws.T.reshape(n, *hidden.shape[:-1], 1)
 
 
-# ------ BrierLM    (paper, section 4)
+# ------ BrierLM  (paper, section 4)
 #
 # The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2. For y ~ Q its mean
-# is sum_x 2 P Q - P^2 = sum_x Q^2 - (P - Q)^2, largest at P = Q. Samples estimate both terms: P(y)
+# is sum_x (2 P Q - P^2) = sum_x (Q^2 - (P - Q)^2), largest at P = Q. Draws estimate both: P(y)
 # is how often a draw is y, and sum_x P(x)^2 how often two draws are equal. The outcome of Brier-n
 # is the next n tokens, all together.
 
@@ -309,8 +309,8 @@ def draw_continuations(model, tokens, at, n):
         hidden = model.hidden_states(tokens)  # (B, L, d)
         return model.draw_chunks(hidden[:, at], n), target
 
-    # For K < 4 this takes several steps, and they overwrite what the cache holds after chunk i. So
-    # go from the last i to the first: then what it holds up to chunk i is still the text's.
+    # For K < 4 this takes several steps. The cache forgets what is after chunk i, and takes drawn
+    # chunks instead. What is before i stays the text's: so go from the last i to the first.
     cache = KVCache()
     hidden = model.hidden_states(tokens.repeat(n, 1), cache)  # (n·B, L, d)
     drawn = []

@@ -1,4 +1,4 @@
-"""The energy head: a sampler of vectors, and the score that trains it.      (CALM paper, section 3)
+"""The energy head: a sampler of vectors, and the score that trains it.  (CALM paper, section 3)
 
 There is no softmax over vectors. The energy head is only a *sampler*: it turns a hidden state and
 random noise into one vector. The energy score needs only samples to tell a good sampler from a bad
@@ -18,8 +18,8 @@ NORM_EPS = 1e-6  # as in autoencoder.py
 #
 #     S(P, y) = E |x' - x''|^alpha  -  2 E |x - y|^alpha,      x, x', x'' independent draws from P
 #
-# For 0 < alpha < 2 it is *strictly proper*: if the truth is Q, its mean over y ~ Q is largest at
-# P = Q, and only there. For let y and y' be independent draws from Q. The "energy distance"
+# For 0 < alpha < 2 it is *strictly proper*: its mean over y ~ Q (what may follow a text)
+# is largest at P = Q, and only there. Let y, y' be independent draws from Q. The "energy distance"
 #
 #     D = 2 E |x - y|^alpha - E |x' - x''|^alpha - E |y - y'|^alpha
 #
@@ -37,17 +37,17 @@ def fidelity_and_diversity(x, y, alpha):
     N = x.shape[-2]
     assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
     assert N >= 2, "the diversity of a sampler needs at least 2 samples"
-    # Near 0, |.|^alpha is steep if alpha < 1. Below the clamp's bound the gradient is 0.
+    # If alpha < 1, the slope of |.|^alpha is infinite at 0. The clamp makes it 0.
     to_targets = torch.cdist(x, y).clamp_min(1e-12) ** alpha  # (..., N, M)
     to_each_other = torch.cdist(x, x).clamp_min(1e-12) ** alpha  # (..., N, N)
     fidelity = to_targets.mean((-1, -2))
-    # A sample's distance to itself is no pair, and 0 but for the clamp: N (N - 1), not N^2.
+    # N of the distances are a sample's to itself, 0. They do not count: N (N - 1), not N^2.
     diversity = to_each_other.sum((-1, -2)) / (N * (N - 1))
     return fidelity, diversity
 
 
 def energy_score(samples, targets, alpha=1.0):
-    """The energy score of a sampler at observed targets, to be *maximised*.      (paper, section 3)
+    """The energy score of a sampler at observed targets, to be *maximised*.  (paper, section 3)
     samples (N, ..., l), targets (M, ..., l) -> (...), unbiased; N >= 2, 0 < alpha < 2.
     """
     # For many points `cdist` uses |x|^2 + |y|^2 - 2 x·y. Far from the origin these are large, and
@@ -62,7 +62,7 @@ def energy_score(samples, targets, alpha=1.0):
 def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None):
     """Minus the energy score, averaged over positions; targets are draws from the posterior.
     samples (N, ..., l), mean and log_std (..., l) -> loss, fidelity, diversity: scalars, with
-    loss = 2 · fidelity - diversity. For a perfect head these are equal, on average over a text.
+    loss = 2 · fidelity - diversity. A perfect head has fidelity = diversity, on average over texts.
 
     M = 1 would be unbiased, too; more targets lessen the noise. To save time, all positions share
     M vectors of noise: on average the loss is the same.
@@ -83,7 +83,7 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
 
 class HeadBlock(nn.Module):
     """x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]): x (..., d) is what the
-    noise has become, c (..., d) what the hidden state says.                 (released: `MLPBlock`)
+    noise has become, c (..., d) what the hidden state says.  (released: `MLPBlock`)
     """
 
     def __init__(self, d):
@@ -119,11 +119,11 @@ class EnergyHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
-        # As released, the last map starts at zero: before training, every draw is the origin.
+        # As released, the last map starts at 0: at first all draws are 0. Fidelity parts them.
         nn.init.zeros_(self.final[-1].weight)
 
     def forward(self, hidden, noise):
-        """hidden (..., d), noise (n, ..., noise_size) or without n -> (n, ..., l), or without."""
+        """hidden (..., d), noise (n, ..., noise_size) -> (n, ..., l). Both may lack the n."""
         x = self.noise_norm(self.noise_in(noise))  # (..., d)
         c = self.hidden_norm(self.hidden_in(hidden))  # (..., d)
         c = c.expand_as(x)  # n draws share one hidden state

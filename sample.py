@@ -1,7 +1,7 @@
-"""From a trained model to text: temperature without likelihoods.            (CALM paper, section 5)
+"""From a trained model to text: temperature without likelihoods.  (CALM paper, section 5)
 
-Dividing logits by T sharpens a softmax: P(x) becomes P(x)^(1/T) / Z. CALM has no logits, it can
-only be drawn from. But counting draws is enough: n of them are all x with probability P(x)^n.
+Dividing logits by T sharpens a softmax: P(x) becomes P(x)^(1/T) / Z. The chunks x of CALM have no
+logits, only draws. But counting is enough: n draws are all x with probability P(x)^n.
 Letters: those of autoencoder.py, N draws in a pool. In 1/T, T is the temperature.
 """
 
@@ -24,7 +24,7 @@ from calm import CALM, CALMConfig, KVCache, TransformerConfig, TransformerLM
 def inverse_temperature(temperature):
     """1/T = n + a as (n, a): a whole number and a fraction 0 <= a < 1."""
     assert 1e-6 <= temperature <= 1, f"the temperature must be above 0 and at most 1: {temperature}"
-    n = math.floor(1 / temperature + 0.004)  # 0.004: 1/0.333 is meant as 3, not as 3.003
+    n = math.floor(1 / temperature + 0.004)  # 0.333 means 1/3
     a = 1 / temperature - n
     return n, (a if a > 0.004 else 0.0)
 
@@ -41,8 +41,8 @@ def bernoulli_factory(draws, x, a, generator=None):
 
     Trial i makes a draw. If it is x, accept; if not, give up with probability a/i. With q = 1 -
     P(x), trials 1, 2, 3, … take place with probabilities  1, q (1 - a), q^2 (1 - a) (1 - a/2), …
-    They add up to (1 - q)^(a-1) = P(x)^(a-1), by Newton's binomial series. A trial accepts with
-    probability P(x), and at most one does. So P(accept) = P(x) · P(x)^(a-1) = P(x)^a.
+    Their sum, the mean number of trials, is (1 - q)^(a-1) = P(x)^(a-1): Newton's binomial series.
+    A trial accepts with probability P(x), and at most one does. So P(accept) = P(x) · P(x)^(a-1).
     """
     for i in itertools.count(1):
         if torch.equal(next(draws), x):
@@ -52,7 +52,7 @@ def bernoulli_factory(draws, x, a, generator=None):
 
 
 def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=None):
-    """One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1: (K,) int.     (paper, section 5)
+    """One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1: (K,) int.  (paper, section 5)
     draw: a function, draw(m) makes m independent draws from P, (m, K). ValueError after max_draws.
 
     With 1/T = n + a, an attempt makes n draws. They are all x with probability P(x)^n; a Bernoulli
@@ -69,12 +69,12 @@ def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=N
 
 
 def temperature_sample_batch(pool, temperature, generator=None):
-    """Chooses from N draws as if from P(x)^(1/T) / Z.    (paper, section 5: batch approximation)
+    """Chooses from N draws as if from P(x)^(1/T) / Z.  (paper, section 5: batch approximation)
     pool (..., N, K) int: N draws of a chunk -> (..., K), a choice from each pool.
 
     For T = 1/n: of all sets of n draws that are equal, choose one. A value drawn c times has
-    C(c, n) such sets. If no value was drawn n times, the greatest c takes the place of 1/T. For
-    other T, Gamma functions extend C(c, 1/T). Biased for a finite N.
+    C(c, n) such sets, about c^n / n!. If no value was drawn n times, the greatest c takes the place
+    of 1/T. For other T, Γ(k + 1) = k! extends C(c, 1/T). Biased for a finite N.
     """
     n, a = inverse_temperature(temperature)
     chosen = []
@@ -118,8 +118,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
     """Continues each prompt: (B, T) int, T >= K -> (B, T + n_tokens) int. `pool`: draws for the
     batch method; None: the exact method.
 
-    The model reads whole chunks, so the first T mod K tokens of a prompt stay unread. In training
-    chunks began anywhere, too.
+    Whole chunks are read: the first T mod K tokens are not. (In training, chunks begin anywhere.)
     """
     K, T = model.config.chunk_size, prompt.shape[1]
     assert T >= K, f"a prompt must have at least {K} tokens, one chunk"
@@ -207,7 +206,8 @@ def load_model(out_dir, kind):
 def write_text(model, encoding, prompt, n_tokens, temperature, pool=200):
     """`prompt` and its continuation, up to an end of the text, a string."""
     ids = encoding.encode_ordinary(prompt)
-    ids = encoding.encode_ordinary("\n") * (model.config.chunk_size - len(ids)) + ids
+    missing = max(0, model.config.chunk_size - len(ids))
+    ids = encoding.encode_ordinary("\n") * missing + ids  # a whole chunk
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     new = generate(model, tokens, n_tokens, temperature, pool)[0, len(ids) :].tolist()
     if encoding.eot_token in new:

@@ -196,7 +196,7 @@ def seed_step(seed, step, rank=0):
 @torch.no_grad()
 def evaluate(model, held_out, batch_size):
     """Loss, metrics and Brier scores on held-out sequences (n, T): a dict of numbers."""
-    seed_step(0, 0)
+    seed_step(0, 0)  # the same noise for each score
     scores = {}
     for batch in held_out.split(batch_size):
         loss, metrics = model(batch)
@@ -224,7 +224,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
             matrices.append(p)
         elif p.requires_grad:  # not the frozen autoencoder's
             others.append(p)
-    if args.optimizer == "muon":  # orthogonal steps, of AdamW's size: one rate for both
+    if args.optimizer == "muon":  # steps: orthogonal matrices, as long as AdamW's
         optimiser = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     else:
         optimiser = torch.optim.AdamW(matrices, betas=BETAS, weight_decay=0.1, fused=True)
@@ -235,7 +235,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
 
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
-    if RANK == 0 and not args.resume:  # delete earlier models: with an autoencoder, its CALM
+    if RANK == 0 and not args.resume:  # delete earlier models; a new autoencoder's CALM, too
         path.unlink(missing_ok=True)
         if kind == "autoencoder":
             path.with_name("calm.pt").unlink(missing_ok=True)
@@ -324,7 +324,7 @@ def draw_curves(path, log):
     for n, style in enumerate(("-", "--", "-.", ":")):
         axes.plot(tokens, [100 * row["brier"][n] for row in log], style, label=f"Brier-{n + 1}")
     axes.plot(tokens, [row["brier_lm"] for row in log], "ko-", label="BrierLM")
-    axes.set(xlabel="training tokens (millions)", ylabel="score on held-out text × 100")
+    axes.set(xlabel="training tokens (millions)", ylabel="Brier-n × 100, BrierLM (held out)")
     axes.legend()
     figure.savefig(path, dpi=110)
 

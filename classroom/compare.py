@@ -81,18 +81,26 @@ def flops(step):
     return counter.get_total_flops()
 
 
+def flops_of_training(folder, kind, config):
+    """FLOPs of one step of training the model {kind}.pt in a folder, with the settings `config`."""
+    model, _ = sample.load_model(folder, kind)
+    batch = torch.randint(256, (1, config["context"]))
+    if kind == "autoencoder":
+        batch = batch.view(-1, config["chunk_size"])
+    one_sequence = flops(lambda: model.train()(batch)[0].backward())
+    return config["batch_size"] * one_sequence
+
+
 def compute_of(name, folder, summary):
     """FLOPs of training, all stages; FLOPs of a generated token and speed, at temperature 1."""
     config, training = summary["config"], 0
-    tokens = torch.randint(256, (1, config["context"]))
     for kind in ["autoencoder"] * (kind_of(name) == "calm") + [kind_of(name)]:
-        model, _ = sample.load_model(folder, kind)
-        batch = tokens.view(-1, config["chunk_size"]) if kind == "autoencoder" else tokens
-        one_sequence = flops(lambda: model.train()(batch)[0].backward())
-        training += one_sequence * config["batch_size"] * summary[kind]["step"]
+        training += summary[kind]["step"] * flops_of_training(folder, kind, config)
 
     # A step of generation, after half a context. K tokens come of it.
-    model, cache, K = model.eval(), KVCache(), model.config.chunk_size
+    model, _ = sample.load_model(folder, kind_of(name))
+    cache, K = KVCache(), model.config.chunk_size
+    tokens = torch.randint(256, (1, config["context"]))
     half = config["context"] // 2 // K * K
     with torch.no_grad():
         model.hidden_states(tokens[:, :half], cache)
@@ -122,16 +130,19 @@ def draw_flops(path, summaries, compute):
     """BrierLM against training FLOPs: a point for each model."""
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    for kind, style in (("baseline", "o-"), ("calm", "s-")):
+    kinds = [("baseline", "s", "black", "discrete Transformer"), ("calm", "o", "tab:blue", "CALM")]
+    for kind, marker, colour, label in kinds:
         names = [name for name in summaries if kind_of(name) == kind]
         x = [compute[name]["training"] for name in names]
         y = [summaries[name][kind]["brier_lm"] for name in names]
         error = [summaries[name][kind]["brier_lm_se"] for name in names]
-        axes.errorbar(x, y, error, fmt=style, capsize=3, label=kind)
+        axes.errorbar(x, y, error, fmt=marker, color=colour, capsize=3, label=label)
         for name, *point in zip(names, x, y):
-            axes.annotate(name, point, (6, -12), textcoords="offset points")
+            short = name.replace("CALM-", "K = ")
+            axes.annotate(short, point, (6, -12), textcoords="offset points")
     axes.margins(x=0.15)
     axes.set(xscale="log", xlabel="FLOPs of training (matrix products)", ylabel="BrierLM")
+    axes.set_title("Discrete Transformers of three sizes, and CALM with four K")
     axes.legend()
     figure.savefig(path, dpi=110)
 
@@ -140,14 +151,14 @@ def draw_scores(path, logs):
     """BrierLM against cross-entropy, over the reports of the discrete models."""
     figure = Figure(figsize=(6.5, 4.8), layout="constrained")
     axes, points = figure.subplots(), []
-    for name, rows in logs.items():
+    for (name, rows), style in zip(logs.items(), ("o:", "s--", "D-")):
         bits = [row["val_loss"] / math.log(2) for row in rows]
         scores = [row["brier_lm"] for row in rows]
-        axes.plot(bits, scores, "o-", label=name)
+        axes.plot(bits, scores, style, color="black", mfc="none", label=name)
         points += [point for point in zip(bits, scores) if point[1] > 0]  # 0: floored, no score
     correlation = torch.corrcoef(torch.tensor(points).T)[0, 1].item()
-    axes.set(title=f"Pearson correlation {correlation:.3f}", xlabel="cross-entropy, bits a token",
-             ylabel="BrierLM")  # fmt: skip
+    axes.set_title(f"BrierLM rises as cross-entropy falls (correlation {correlation:.2f})")
+    axes.set(xlabel="cross-entropy, bits a token", ylabel="BrierLM")
     axes.legend()
     figure.savefig(path, dpi=110)
 

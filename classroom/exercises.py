@@ -59,9 +59,9 @@ losses(Autoencoder, training=True, dropout=1.0)  # inputs are 0, z is 0, but the
 losses(Autoencoder, training=True, dropout=0.0)  # z is a draw from the posterior
 losses(Autoencoder, training=True, kl_floor=1e4)  # last number: gradients pass through z"""),
     Exercise(3, "energy_head.py", "fidelity_and_diversity",
-        "distances by torch.cdist, .clamp_min(1e-12) against huge slopes near 0, ** alpha; "
-        "fidelity is the mean of all N·M pairs; diversity the sum of all pairs of samples, of which "
-        "only N (N - 1) are pairs of two",
+        "the callers have centred all points; torch.cdist, then .clamp_min(1e-12), then ** alpha; "
+        "fidelity is the mean of all N·M; diversity the sum of all N·N between samples, divided by "
+        "N (N - 1), since a sample and itself are no pair",
         "score or largest or gradient", 1e-4, """
 fidelity_and_diversity(tensor([[0.0], [2.0], [4.0]]), tensor([[1.0], [3.0]]), 1.0)  # 5/3, 8/3
 fidelity_and_diversity(tensor([[0.0], [4.0]]), tensor([[0.0]]), 0.5)  # roots of 0 and 4, and of 4
@@ -322,13 +322,15 @@ def check(folder, exercises):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("new", "check", "solution", "example"))
+    commands = ("new", "check", "solution", "example")
+    parser.add_argument("command", choices=commands, metavar="new | check | solution")
     parser.add_argument("arguments", nargs="*", metavar="FOLDER or N")
     args = parser.parse_args()
     if args.command == "new":
         assert len(args.arguments) == 1, "name one folder: new FOLDER"
         return new(Path(args.arguments[0]))
     if args.command == "example":  # what `check` runs in a process of its own
+        assert len(args.arguments) == 2, "example is for check alone: use check N"
         number, trial = args.arguments
         wrong = worked_example(Path(trial), EXERCISES[int(number) - 1])
         return Path(trial, "wrong.txt").write_text(wrong, encoding="utf-8")

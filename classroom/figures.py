@@ -1,10 +1,11 @@
-"""`python classroom/figures.py [NAME …]`: five pictures of the method, into classroom/pictures/.
+"""`python classroom/figures.py [NAME …]`: pictures of the method, into classroom/pictures/.
 
     energy        a sampler learns a ring of Gaussians; with alpha = 2 it learns only the mean
     blur          what a draw between two codes costs, for three alpha
     robustness    how much noise an autoencoder bears, without each of its regularisers
     temperature   what both methods draw, beside the exact distribution
     draws         how many draws the exact method reads for a chunk of a trained model's text
+    training      CALM in --out_dir beside the discrete Transformer in {out_dir}-baseline
 """
 
 import argparse
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import sample  # noqa: E402
 import train  # noqa: E402
 from autoencoder import Autoencoder, AutoencoderConfig, kl_divergence  # noqa: E402
+from classroom import compare  # noqa: E402
 from energy_head import EnergyHead, energy_score  # noqa: E402
 
 # The same thing has the same colour in all pictures, and a marker or a line of its own besides.
@@ -81,7 +83,7 @@ def draw_energy(_):
     for axes, (title, colour, points) in zip(figure.subplots(1, 4, sharey=True), panels):
         mean, spread = points.mean(0), points.std(0).mean().item()
         axes.plot(*mean, "o", mfc="none", mec="black", mew=1.5, ms=15, label="mean")
-        axes.plot(*points.T, ".", color=colour, ms=4, alpha=0.5)
+        axes.plot(*points.T, ".", color=colour, ms=9 if spread < 0.01 else 4, alpha=0.5)
         axes.set(title=f"{title}\nstandard deviation {spread:.2f}", xlabel="y₁")
         axes.set(xlim=(-2.9, 2.9), ylim=(-2.9, 2.9), aspect="equal")
     figure.axes[0].set_ylabel("y₂")
@@ -110,16 +112,17 @@ def price_of_blur(agreement, alpha, weight=0.0):
 
 def draw_blur(_):
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    figure.suptitle("A draw between two codes is cheap, unless all other tokens agree")
+    figure.suptitle("Calculated: a blurred draw is cheap, unless all other tokens agree")
     left, right = figure.subplots(1, 2)
     x, y = torch.arange(8).repeat(2), torch.tensor([-1.0, 1.0]).repeat_interleave(8)
     left.plot(x, y, "o", color=TRUTH, ms=11, mfc="none", label="codes of chunks")
     left.plot(x, 0.5 * y, "x", color=OURS, ms=8, label="draws, blurred in one token")
-    left.set(xlabel="part of the other tokens", ylabel="part of one token", ylim=(-1.5, 1.9))
+    left.set(xlabel="the other tokens' part of z (eight chunks)", ylim=(-1.5, 1.9))
+    left.set_ylabel("one token's part of z")
     left.legend(loc="upper left", ncols=2)
 
     agreement = torch.logspace(0, -2.5, 30).tolist()
-    lines = [("α = 1", "-", OURS, 1.0, 0), ("α = ½", "--", BATCH, 0.5, 0)]
+    lines = [("α = 1", "-", OURS, 1.0, 0), ("α = ½", "--", "tab:purple", 0.5, 0)]
     lines += [("α = ¼", "-.", "tab:green", 0.25, 0), ("α = 1, nested", ":", "black", 1.0, 0.4)]
     for name, style, colour, alpha, weight in lines:
         price = [100 * price_of_blur(p, alpha, weight) for p in agreement]
@@ -182,7 +185,7 @@ def draw_robustness(_):
         axes.plot(sigmas, curve, style, color=colour, mfc="none", ms=size_of_marker, label=name)
         print(f"{name}: latents' std {size:.2f}; with noise of half of it {curve[5]:.2f} %, of 0.9 "
               f"{curve[9]:.2f} %; with noise of 0.3 {paper:.2f} %", flush=True)  # fmt: skip
-    axes.set_title("Without dropout of z it bears less noise; with no regulariser at all, least")
+    axes.set_title("Much noise costs more without dropout of z, and most with no regulariser")
     axes.set(xlabel="noise on z (standard deviations of z)", ylabel="held-out tokens recovered (%)")
     axes.legend(loc="lower left")
     save(figure, "robustness")
@@ -256,8 +259,36 @@ def draw_draws(out_dir, n_chunks=31, limit=50_000):
     save(figure, "draws")
 
 
+# -------------------- Two runs
+
+
+def draw_training(out_dir):
+    """BrierLM over tokens and over FLOPs, and CALM's confidence, from the checkpoints' logs."""
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    figure.suptitle("CALM and the discrete Transformer, trained for the same time")
+    grid = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(2, 1))
+    runs = [("baseline", f"{out_dir}-baseline", "s--", "black"), ("calm", out_dir, "o-", OURS)]
+    for kind, folder, style, colour in runs:
+        saved = sample.load_checkpoint(folder, kind)
+        per_step = compare.flops_of_training(folder, kind, saved["settings"])
+        steps = np.array([row["step"] for row in saved["log"]])
+        tokens = [row["tokens"] for row in saved["log"]]
+        label = {"calm": "CALM, K = {chunk_size}", "baseline": "discrete Transformer"}[kind]
+        for axes, x in zip(grid[0], (tokens, per_step * steps)):
+            axes.errorbar(x, [row["brier_lm"] for row in saved["log"]],
+                          [row["brier_lm_se"] for row in saved["log"]], fmt=style, color=colour,
+                          capsize=3, label=label.format(**saved["settings"]))  # fmt: skip
+    for axes, x in zip(grid[1], (tokens, per_step * steps)):
+        axes.plot(x, [row["confidence"] for row in saved["log"]], style, color=colour)
+    grid[0, 0].set_ylabel("BrierLM")
+    grid[0, 0].legend()
+    grid[1, 0].set(xlabel="training tokens", xscale="log", ylabel="confidence of CALM", ylim=(0, 1))
+    grid[1, 1].set(xlabel="FLOPs of training (matrix products)", xscale="log")
+    save(figure, "training")
+
+
 FIGURES = {"energy": draw_energy, "blur": draw_blur, "robustness": draw_robustness}
-FIGURES |= {"temperature": draw_temperature, "draws": draw_draws}
+FIGURES |= {"temperature": draw_temperature, "draws": draw_draws, "training": draw_training}
 
 
 def main():

@@ -2,7 +2,7 @@
 
     python classroom/choices.py --out_dir out/quick     (after python train.py --out_dir out/quick)
 
-Two things keep the paper's head from learning in minutes. It maps noise continuously: draws slide
+Two things slow the paper's head down. It maps noise continuously: draws slide
 across the gaps between the vectors of different chunks. A choice jumps. And the score of a whole
 chunk teaches how token 2 depends on token 1 only where a draw has token 1 right, which is rare at
 first. A choice has a score of its own, given the text's choices before it ("teacher forcing").

@@ -40,7 +40,7 @@ class AutoencoderConfig:
 def kl_divergence(mean, log_std, floor=0.0):
     """KL( N(mean, std^2) || N(0, I) ), nats: mean, log_std (..., l) -> (...).
     In a loss, it keeps the means from outgrowing the noise. "KL clipping" (paper, section 2): below
-    `floor` a dimension counts as `floor`. It is not pulled on to N(0, 1), where it tells nothing.
+    `floor` a dimension counts as `floor`, a constant: nothing pulls it further to N(0, 1).
     """
     per_dimension = 0.5 * (mean**2 + torch.exp(2 * log_std) - 1 - 2 * log_std)  # (..., l)
     return per_dimension.clamp_min(floor).sum(-1)
@@ -129,7 +129,7 @@ class Autoencoder(nn.Module):
         self.expand = nn.Linear(d, K * d)
         self.decoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.apply(init_by_width)
-        nn.init.normal_(self.embedding.weight, std=d**-0.5)  # decode() has it, too
+        nn.init.normal_(self.embedding.weight, std=d**-0.5)  # logits of size 1
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -169,7 +169,7 @@ class Autoencoder(nn.Module):
         c = self.config
         tokens = tokens.unflatten(-1, (-1, c.chunk_size))  # (..., L, K)
         inputs = tokens
-        if self.training:  # DropToken: some become id 0. The others tell them.
+        if self.training:  # DropToken: some become id 0, to be guessed from others
             lost = torch.rand(tokens.shape, device=tokens.device) < c.dropout
             inputs = tokens.masked_fill(lost, 0)
         mean, log_std = self.encode(inputs)  # (..., L, l) each

@@ -215,7 +215,7 @@ class CALM(nn.Module):
         # N draws of the vector after each chunk but the last.
         hidden = self.hidden_states(tokens[:, : -c.chunk_size])  # (B, L-1, d)
         samples = self.head.sample(hidden, c.n_samples)  # (N, B, L-1, l)
-        # The targets: the frozen encoder's posterior of the text's own next chunk.
+        # The targets: the frozen encoder's posterior of the text's own next chunk, undamaged.
         chunks = tokens.unflatten(1, (-1, c.chunk_size))  # (B, L, K)
         with torch.no_grad():
             mean, log_std = self.autoencoder.encode(chunks[:, 1:])  # (B, L-1, l)
@@ -326,20 +326,20 @@ def draw_continuations(model, tokens, at, n):
 
 
 @torch.no_grad()
-def evaluate_brier(model, tokens, context, batch_size=16, positions=None, n_samples=4):
+def evaluate_brier(model, tokens, context, batch_size=16, places=None, n_samples=4):
     """Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, tokens (T,) int: a dict of
     "brier": [4], "brier_lm", "brier_lm_se" (its standard error), "context", "positions".
 
-    Of each `context` tokens, up to `positions` chunks, evenly spaced, are predicted: by default
-    all, or 8 · K if K < 4, to save time. The result's "positions" is their total.
+    Of each `context` tokens, up to `places` chunks, evenly spaced, are predicted: by default all,
+    or 8 · K if K < 4, to save time. "positions" is the number of all predictions.
     """
     K = model.config.chunk_size
     assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"
     device = next(model.parameters()).device
     n_places = context // K - math.ceil(4 / K)  # 4 tokens or more must follow
-    if positions is None:
-        positions = n_places if K >= 4 else 8 * K
-    every = math.ceil(n_places / positions)
+    if places is None:
+        places = n_places if K >= 4 else 8 * K
+    every = math.ceil(n_places / places)
     at = list(range(every // 2, n_places, every))
     sequences = tokens[: len(tokens) // context * context].view(-1, context)
     scores = []

@@ -41,7 +41,7 @@ def fidelity_and_diversity(x, y, alpha):
     to_targets = torch.cdist(x, y).clamp_min(1e-12) ** alpha  # (..., N, M)
     to_each_other = torch.cdist(x, x).clamp_min(1e-12) ** alpha  # (..., N, N)
     fidelity = to_targets.mean((-1, -2))
-    # N of the distances are a sample's to itself, 0. They do not count: N (N - 1), not N^2.
+    # A sample's distance to itself, 0 but for the clamp, does not count: N (N - 1), not N^2.
     diversity = to_each_other.sum((-1, -2)) / (N * (N - 1))
     return fidelity, diversity
 
@@ -119,14 +119,14 @@ class EnergyHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
-        # As released, the last map starts at 0: at first all draws are 0. Fidelity parts them.
+        # As released, the last map starts at 0: all draws are 0. After a step, noise parts them.
         nn.init.zeros_(self.final[-1].weight)
 
     def forward(self, hidden, noise):
-        """hidden (..., d), noise (n, ..., noise_size) -> (n, ..., l). Both may lack the n."""
-        x = self.noise_norm(self.noise_in(noise))  # (..., d)
+        """hidden (..., d), noise (n, ..., noise_size) -> (n, ..., l). noise may lack n."""
+        x = self.noise_norm(self.noise_in(noise))  # (n, ..., d)
         c = self.hidden_norm(self.hidden_in(hidden))  # (..., d)
-        c = c.expand_as(x)  # n draws share one hidden state
+        c = c.expand_as(x)  # (n, ..., d): n draws share one hidden state
         for block in self.blocks:
             x = block(x, c)
         return self.final(self.final_norm(x))

@@ -41,7 +41,7 @@ def bernoulli_factory(draws, x, a, generator=None):
 
     Trial i makes a draw. If it is x, accept; if not, give up with probability a/i. With q = 1 -
     P(x), trials 1, 2, 3, … take place with probabilities  1, q (1 - a), q^2 (1 - a) (1 - a/2), …
-    Their sum, the mean number of trials, is (1 - q)^(a-1) = P(x)^(a-1): Newton's binomial series.
+    By Newton's binomial series their sum, the mean number of trials, is (1 - q)^(a-1) = P(x)^(a-1).
     A trial accepts with probability P(x), and at most one does. So P(accept) = P(x) · P(x)^(a-1).
     """
     for i in itertools.count(1):
@@ -74,7 +74,7 @@ def temperature_sample_batch(pool, temperature, generator=None):
 
     For T = 1/n: of all sets of n draws that are equal, choose one. A value drawn c times has
     C(c, n) such sets, about c^n / n!. If no value was drawn n times, the greatest c takes the place
-    of 1/T. For other T, Γ(k + 1) = k! extends C(c, 1/T). Biased for a finite N.
+    of 1/T. For other T, Γ(k + 1) = k! extends C(c, 1/T), for c >= n. Biased for a finite N.
     """
     n, a = inverse_temperature(temperature)
     chosen = []
@@ -83,11 +83,10 @@ def temperature_sample_batch(pool, temperature, generator=None):
         least, power = n, n + a
         if counts.max() < n:
             least = power = counts.max().item()
-        # log C(c, power) = log Γ(c + 1) - log Γ(c - power + 1), less a constant. The clamp keeps Γ
-        # finite for values drawn fewer than `least` times, which are out.
-        c = counts.double()
-        log_weights = torch.lgamma(c + 1) - torch.lgamma((c - power).clamp_min(-0.999) + 1)
-        weights = log_weights.masked_fill(counts < least, -torch.inf).softmax(0)
+        values, c = values[counts >= least], counts[counts >= least].double()
+        # log C(c, power) = log Γ(c + 1) - log Γ(c - power + 1), less a constant.
+        log_weights = torch.lgamma(c + 1) - torch.lgamma(c - power + 1)
+        weights = log_weights.softmax(0)
         # A draw from the weights: the first value at which their sum reaches u.
         u = torch.rand((), generator=generator, device=pool.device).item()
         chosen.append(values[(weights.cumsum(0) < u).sum()])

@@ -224,18 +224,18 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
             matrices.append(p)
         elif p.requires_grad:  # not the frozen autoencoder's
             others.append(p)
-    if args.optimizer == "muon":  # steps: orthogonal matrices, as long as AdamW's
+    if args.optimizer == "muon":  # a step with equal singular values, of AdamW's size
         optimiser = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     else:
         optimiser = torch.optim.AdamW(matrices, betas=BETAS, weight_decay=0.1, fused=True)
     optimisers = [optimiser, torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)]
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    # Matrix products in --dtype; distances and losses are float32, never TF32.
+    # Matrix products in --dtype; distances and losses are float32, not TF32 (torch's default).
     half = torch.autocast(args.device, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
-    if RANK == 0 and not args.resume:  # delete earlier models; a new autoencoder's CALM, too
+    if RANK == 0 and not args.resume:  # delete earlier models; with the autoencoder, its CALM
         path.unlink(missing_ok=True)
         if kind == "autoencoder":
             path.with_name("calm.pt").unlink(missing_ok=True)
@@ -279,7 +279,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
             optimiser.zero_grad()
         scaler.update()
 
-        # Every 10 seconds, a line with the last part's loss. To read it is to wait for a GPU.
+        # Every 10 seconds, a line with the last part's loss. To read it, Python waits for a GPU.
         if step == done + 1:  # the first step, which may compile, does not count
             start, line_at = time.monotonic() - seconds, time.monotonic()
         evaluating = step % args.eval_interval == 0 or step == steps

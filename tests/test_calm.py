@@ -106,7 +106,7 @@ def test_evaluate_brier_is_the_score_of_slow_draws(K, seed):
     context = 4 * K + max(K, 4)  # chunks 0, 1, 2 and 3 have 4 tokens or more behind them
     text, slow = torch.randint(3, (4, context)), []
     many = text.repeat(40, 1).flatten()
-    results = [evaluate_brier(model, many, context, 50, positions=2) for _ in range(20)]
+    results = [evaluate_brier(model, many, context, 50, places=2) for _ in range(20)]
     assert results[0]["positions"] == 320 and results[0]["context"] == context
     fast = torch.tensor([result["brier"] for result in results])  # (20, 4)
     for begin in (2 * K, 4 * K):  # after chunks 1 and 3

@@ -272,7 +272,7 @@ def draw_training(out_dir):
         saved = sample.load_checkpoint(folder, kind)
         per_step = compare.flops_of_training(folder, kind, saved["settings"])
         steps = np.array([row["step"] for row in saved["log"]])
-        tokens = [row["tokens"] for row in saved["log"]]
+        tokens = [row["tokens"] / 1e6 for row in saved["log"]]
         label = {"calm": "CALM, K = {chunk_size}", "baseline": "discrete Transformer"}[kind]
         for axes, x in zip(grid[0], (tokens, per_step * steps)):
             axes.errorbar(x, [row["brier_lm"] for row in saved["log"]],
@@ -282,8 +282,8 @@ def draw_training(out_dir):
         axes.plot(x, [row["confidence"] for row in saved["log"]], style, color=colour)
     grid[0, 0].set_ylabel("BrierLM")
     grid[0, 0].legend()
-    grid[1, 0].set(xlabel="training tokens", xscale="log", ylabel="confidence of CALM", ylim=(0, 1))
-    grid[1, 1].set(xlabel="FLOPs of training (matrix products)", xscale="log")
+    grid[1, 0].set(xlabel="training tokens (millions)", ylabel="confidence of CALM", ylim=(0, 1))
+    grid[1, 1].set(xlabel="FLOPs of training (matrix products)")
     save(figure, "training")
 
 

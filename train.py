@@ -68,11 +68,11 @@ def parse_settings():
     args = parser.parse_args()
     args.out_dir = args.out_dir or f"out/{args.preset}"
     if args.resume:
-        found = sorted(Path(args.out_dir).glob("*.pt"), key=os.path.getmtime)
+        kind = "*" if args.stage == "all" else args.stage  # of all, the newest
+        found = sorted(Path(args.out_dir).glob(f"{kind}.pt"), key=os.path.getmtime)
         assert found, f"{args.out_dir} holds no run: leave out --resume"
         settings = sample.load_checkpoint(args.out_dir, found[-1].stem)["settings"]
         return argparse.Namespace(**settings | {"out_dir": args.out_dir, "resume": True})
-
     for name, (*values, _) in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[PRESETS.index(args.preset)])
@@ -202,7 +202,7 @@ def evaluate(model, held_out, batch_size):
         loss, metrics = model(batch)
         for name, value in {"val_loss": loss, **metrics}.items():
             scores[name] = scores.get(name, 0) + value.item() * len(batch) / len(held_out)
-    assert math.isfinite(scores["val_loss"]), "the loss is no longer finite: lower --lr"
+    assert math.isfinite(scores["val_loss"]), "the loss is no longer finite: begin anew, --lr lower"
     if not isinstance(model, Autoencoder):
         scores |= evaluate_brier(model, held_out.flatten(), held_out.shape[1], batch_size)
     return scores

@@ -45,11 +45,11 @@ def read_documents(source):
                 while block := file.read(BLOCK):
                     assert b"\0" not in block, f"{path} is not text"
                     *documents, rest = (rest + block).split(mark)  # blocks may cut a mark in two
-                    yield from (d.decode(errors="replace") for d in documents if d.strip())
-        except (EOFError, lzma.LZMAError, zlib.error):
-            raise ValueError(f"{path} is damaged, or not what its name says") from None
-        if rest.strip():
-            yield rest.decode(errors="replace")
+                    yield from (d.decode() for d in documents if d.strip())
+            if rest.strip():
+                yield rest.decode()
+        except (EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError):
+            raise ValueError(f"{path} is damaged, or no text in UTF-8") from None
 
 
 def merge(word, pair):

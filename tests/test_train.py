@@ -184,7 +184,7 @@ def test_a_new_run_begins_with_neither_model_of_an_earlier_one(undisturbed, tmp_
     ("train --tokenizer text.txt", "text.txt"), ("train --chunk_size 3", "--chunk_size 3"),
     ("train --hidden_size 18 --n_heads 2", "hidden_size 18"), ("train --steps 0", "--steps"),
     ("train --lr nan", "--lr"), ("train --device abacus", "abacus"), ("train --alpha 0", "--alpha"),
-    ("train --out_dir text.txt", "text.txt"), ("train --out_dir new --resume", "--resume"),
+    ("train --out_dir text.txt", "text.txt"), ("train --resume --stage baseline", "--resume"),
     ("train --out_dir new --stage calm", "autoencoder.pt"), ("train --n_samples 1", "n_samples"),
     ("train --stage calm --chunk_size 8", "chunk_size"), ("train --seed -1", "non-negative"),
     ("train --batch_size 3 --gradient_accumulation_steps 2", "--batch_size"),

@@ -31,7 +31,7 @@ from calm import KVCache  # noqa: E402
 # Flags: of all runs at a scale, then of each. The latent vector grows with K; below 16 numbers the
 # small autoencoders do not bear noise.
 SCALES = {
-    "quick": ("--steps 1500 --batch_size 16 --context 256", {
+    "quick": ("--steps 1500 --eval_interval 150 --batch_size 16 --context 256", {
         "Transformer-S": "--stage baseline --hidden_size 64 --n_layers 2 --n_heads 2",
         "Transformer-M": "--stage baseline --hidden_size 96 --n_layers 3 --n_heads 3",
         "Transformer-L": "--stage baseline --hidden_size 128 --n_layers 4 --n_heads 4",

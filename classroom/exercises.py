@@ -59,7 +59,8 @@ losses(Autoencoder, training=True, dropout=1.0)  # inputs are 0, z is 0, but the
 losses(Autoencoder, training=True, dropout=0.0)  # z is a draw from the posterior
 losses(Autoencoder, training=True, kl_floor=1e4)  # last number: gradients pass through z"""),
     Exercise(3, "energy_head.py", "fidelity_and_diversity",
-        "the callers have centred all points; torch.cdist, then .clamp_min(1e-12), then ** alpha; "
+        "the callers have centred all points; torch.cdist, .clamp_min(1e-12) as slopes are steep "
+        "near 0, then ** alpha; "
         "fidelity is the mean of all N·M; diversity the sum of all N·N between samples, divided by "
         "N (N - 1), since a sample and itself are no pair",
         "score or largest or gradient", 1e-4, """

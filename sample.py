@@ -24,7 +24,7 @@ from calm import CALM, CALMConfig, KVCache, TransformerConfig, TransformerLM
 def inverse_temperature(temperature):
     """1/T = n + a as (n, a): a whole number and a fraction 0 <= a < 1."""
     assert 1e-6 <= temperature <= 1, f"the temperature must be above 0 and at most 1: {temperature}"
-    n = math.floor(1 / temperature + 0.004)  # 0.333 means 1/3
+    n = math.floor(1 / temperature + 0.004)  # 0.3334 means 1/3
     a = 1 / temperature - n
     return n, (a if a > 0.004 else 0.0)
 
@@ -42,7 +42,7 @@ def bernoulli_factory(draws, x, a, generator=None):
     Trial i makes a draw. If it is x, accept; if not, give up with probability a/i. With q = 1 -
     P(x), trials 1, 2, 3, … take place with probabilities  1, q (1 - a), q^2 (1 - a) (1 - a/2), …
     By Newton's binomial series their sum, the mean number of trials, is (1 - q)^(a-1) = P(x)^(a-1).
-    A trial accepts with probability P(x), and at most one does. So P(accept) = P(x) · P(x)^(a-1).
+    Each accepts with probability P(x), at most one does: P(accept) = P(x) · P(x)^(a-1) = P(x)^a.
     """
     for i in itertools.count(1):
         if torch.equal(next(draws), x):
@@ -83,7 +83,8 @@ def temperature_sample_batch(pool, temperature, generator=None):
         least, power = n, n + a
         if counts.max() < n:
             least = power = counts.max().item()
-        values, c = values[counts >= least], counts[counts >= least].double()
+        enough = counts >= least
+        values, c = values[enough], counts[enough].double()
         # log C(c, power) = log Γ(c + 1) - log Γ(c - power + 1), less a constant.
         log_weights = torch.lgamma(c + 1) - torch.lgamma(c - power + 1)
         weights = log_weights.softmax(0)

@@ -267,19 +267,20 @@ def draw_training(out_dir):
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     figure.suptitle("CALM and the discrete Transformer, trained for the same time")
     grid = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(2, 1))
-    runs = [("baseline", f"{out_dir}-baseline", "s--", "black"), ("calm", out_dir, "o-", OURS)]
-    for kind, folder, style, colour in runs:
+    runs = [("baseline", f"{out_dir}-baseline", "s--", "black", "discrete Transformer")]
+    runs += [("calm", out_dir, "o-", OURS, "CALM")]
+    for kind, folder, style, colour, label in runs:
         saved = sample.load_checkpoint(folder, kind)
         per_step = compare.flops_of_training(folder, kind, saved["settings"])
         steps = np.array([row["step"] for row in saved["log"]])
         tokens = [row["tokens"] / 1e6 for row in saved["log"]]
-        label = {"calm": "CALM, K = {chunk_size}", "baseline": "discrete Transformer"}[kind]
         for axes, x in zip(grid[0], (tokens, per_step * steps)):
             axes.errorbar(x, [row["brier_lm"] for row in saved["log"]],
                           [row["brier_lm_se"] for row in saved["log"]], fmt=style, color=colour,
-                          capsize=3, label=label.format(**saved["settings"]))  # fmt: skip
-    for axes, x in zip(grid[1], (tokens, per_step * steps)):
-        axes.plot(x, [row["confidence"] for row in saved["log"]], style, color=colour)
+                          capsize=3, label=label)  # fmt: skip
+        for axes, x in zip(grid[1], (tokens, per_step * steps)):
+            if kind == "calm":
+                axes.plot(x, [row["confidence"] for row in saved["log"]], style, color=colour)
     grid[0, 0].set_ylabel("BrierLM")
     grid[0, 0].legend()
     grid[1, 0].set(xlabel="training tokens (millions)", ylabel="confidence of CALM", ylim=(0, 1))

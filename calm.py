@@ -42,7 +42,7 @@ class CALMConfig:
 
 @dataclass
 class TransformerConfig:
-    """The paper's discrete Transformer-S (281 M parameters with Llama 3's)."""
+    """The paper's discrete Transformer-S (281 M parameters, Llama 3's tokens)."""
     vocab_size: int
     hidden_size: int = 768
     intermediate_size: int = 2048

@@ -68,8 +68,8 @@ def parse_settings():
     args = parser.parse_args()
     args.out_dir = args.out_dir or f"out/{args.preset}"
     if args.resume:
-        kind = "*" if args.stage == "all" else args.stage  # of all, the newest
-        found = sorted(Path(args.out_dir).glob(f"{kind}.pt"), key=os.path.getmtime)
+        pattern = "*" if args.stage == "all" else args.stage  # of all, the newest
+        found = sorted(Path(args.out_dir).glob(f"{pattern}.pt"), key=os.path.getmtime)
         assert found, f"{args.out_dir} holds no run: leave out --resume"
         settings = sample.load_checkpoint(args.out_dir, found[-1].stem)["settings"]
         return argparse.Namespace(**settings | {"out_dir": args.out_dir, "resume": True})

@@ -249,7 +249,7 @@ def draw_draws(out_dir, n_chunks=31, limit=50_000):
         spread = T + 0.006 * torch.linspace(-1, 1, n_chunks)  # side by side, not on one another
         axes.plot(spread, counts, ".", color=OURS, alpha=0.5, label="one chunk" * (T == 1))
         print(f"T = {T:.2f}: median {medians[-1]}, given up {(counts == limit).sum()}", flush=True)
-    axes.plot(temperatures, medians, "s-", color="black", label=f"median of {n_chunks} chunks")
+    axes.plot(temperatures, medians, "s", color="black", label=f"median of {n_chunks} chunks")
     axes.axhline(200, color=BATCH, ls="--", label="batch method: a pool of 200")
     axes.axhline(limit, color=WRONG, ls=":", label=f"given up after {limit:,} draws")
     axes.set_title("An exact temperature costs far more draws than a pool of 200")

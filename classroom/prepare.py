@@ -109,7 +109,7 @@ def main():
     parser = argparse.ArgumentParser(description="Make a text of any size ready for train.py.")
     parser.add_argument("source", type=Path, help="a text file, or a folder of them")
     parser.add_argument("folder", type=Path, help="where the tokens go")
-    parser.add_argument("--vocab_size", type=int, default=256, help="bytes, or more for byte pairs (256)")
+    parser.add_argument("--vocab_size", type=int, default=256, help="above 256: byte pairs (256)")
     parser.add_argument("--held_out", type=float, default=0.05, help="share of the text (0.05)")
     args = parser.parse_args()
     assert args.vocab_size >= 256, "--vocab_size must be at least 256, a token for each byte"

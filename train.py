@@ -347,7 +347,7 @@ def main():
         if kind == "calm":
             saved = sample.load_checkpoint(out_dir, "autoencoder")
             same = saved["configs"]["autoencoder"] == configs["autoencoder"]
-            assert same, f"the sizes in {out_dir}/autoencoder.pt differ: chunk_size, latent_size …"
+            assert same, f"the sizes in {out_dir}/autoencoder.pt differ: chunk_size, tokenizer …"
             model.autoencoder.load_state_dict(saved["weights"])
             log = saved["log"]  # the autoencoder's rows, also with --stage calm
         log = log + train(kind, model, configs, args, train_tokens, validation, encoding)

@@ -1,6 +1,6 @@
 """An experiment, not in the paper: a head whose noise is K choices.
 
-    python classroom/choices.py --out_dir out/quick     (after python train.py --out_dir out/quick)
+    python classroom/choices.py --autoencoder out/quick --out_dir out/choices     (after train.py)
 
 Two things slow the paper's head down. It maps noise continuously: draws slide
 across the gaps between the vectors of different chunks. A choice jumps. And the score of a whole
@@ -145,12 +145,15 @@ def load(out_dir):
 
 def main():
     parser = argparse.ArgumentParser(description="Train CALM with a head of K choices.")
-    parser.add_argument("--out_dir", default="out/quick", help="where train.py left autoencoder.pt")
-    out_dir = parser.parse_args().out_dir
-    autoencoder, _ = sample.load_model(out_dir, "autoencoder")
-    saved = sample.load_checkpoint(out_dir, "autoencoder")
+    parser.add_argument("--autoencoder", default="out/quick", help="where train.py left it")
+    parser.add_argument("--out_dir", default="out/choices", help="where all that it writes goes")
+    folders = parser.parse_args()
+    out_dir = folders.out_dir
+    autoencoder, _ = sample.load_model(folders.autoencoder, "autoencoder")
+    saved = sample.load_checkpoint(folders.autoencoder, "autoencoder")
     args, configs = argparse.Namespace(**saved["settings"]), saved["configs"]
     args.out_dir, args.resume, args.optimizer, args.lr = out_dir, False, "adamw", 3e-3
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
     train_tokens, validation, encoding, _ = train.load_tokens(args)
 
     train.seed_step(args.seed, 0)

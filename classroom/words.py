@@ -1,6 +1,6 @@
 """How many of the words that a model writes are words?
 
-    python classroom/words.py out/quick [--model baseline | --model choices]
+    python classroom/words.py FOLDER [--model baseline | --model choices]
 
 A word is a run of two letters or more. It counts if the training text has it, in the same case.
 """

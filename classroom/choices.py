@@ -145,15 +145,15 @@ def load(out_dir):
 
 def main():
     parser = argparse.ArgumentParser(description="Train CALM with a head of K choices.")
-    parser.add_argument("--autoencoder", default="out/quick", help="where train.py left it")
+    parser.add_argument("--autoencoder", default="out/quick", help="the run that has trained it")
     parser.add_argument("--out_dir", default="out/choices", help="where all that it writes goes")
     folders = parser.parse_args()
-    out_dir = folders.out_dir
     autoencoder, _ = sample.load_model(folders.autoencoder, "autoencoder")
     saved = sample.load_checkpoint(folders.autoencoder, "autoencoder")
-    args, configs = argparse.Namespace(**saved["settings"]), saved["configs"]
-    args.out_dir, args.resume, args.optimizer, args.lr = out_dir, False, "adamw", 3e-3
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    changed = {"out_dir": folders.out_dir, "resume": False, "optimizer": "adamw", "lr": 3e-3}
+    args, configs = argparse.Namespace(**saved["settings"] | changed), saved["configs"]
+    out_dir = Path(args.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
     train_tokens, validation, encoding, _ = train.load_tokens(args)
 
     train.seed_step(args.seed, 0)
@@ -164,7 +164,7 @@ def main():
     print(f"the decoder finds {right.float().mean():.2%} of the tokens in sums of their codes")
 
     log = train.train("choices", model, configs, args, train_tokens, validation, encoding)
-    train.write(Path(out_dir, "choices_log.jsonl"), "\n".join(map(json.dumps, log)).encode())
+    train.write(out_dir / "choices_log.jsonl", "\n".join(map(json.dumps, log)).encode())
     text = sample.write_text(model.eval(), encoding, "\n", n_tokens=800, temperature=0.5)
     score, error = log[-1]["brier_lm"], log[-1]["brier_lm_se"]
     print(f"\nA sample at temperature 0.5:\n{text}\n\nBrierLM {score:.2f} ± {error:.2f}")

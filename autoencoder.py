@@ -11,9 +11,7 @@ Letters used for dimensions, here and in the other files:
     d  width of a network                              ... any leading dimensions
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -58,25 +56,6 @@ def init_by_width(module):
         nn.init.normal_(module.weight, std=1.0)
 
 
-def released_weights(folder, names):
-    """{our name: tensor} of released weights. names: parts to replace, in order, (theirs, ours)."""
-    released, weights = {}, {}
-    for file in Path(folder).glob("pytorch_model*.bin"):
-        released |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    for file in Path(folder).glob("*.safetensors"):
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"{file} needs a package: pip install safetensors") from None
-        released |= load_file(file)
-    for name, tensor in released.items():
-        for theirs, ours in names:
-            name = name.replace(theirs, ours)
-        weights[name] = tensor
-    assert weights, f"{folder} holds neither pytorch_model*.bin nor *.safetensors"
-    return weights
-
-
 class SwiGLU(nn.Module):
     """A gated MLP: (..., d) -> (..., d)."""
 
@@ -105,15 +84,6 @@ class ResidualBlock(nn.Module):
 class Autoencoder(nn.Module):
     """Codes each chunk on its own.  (paper, section 2; released: `Autoencoder`)"""
 
-    RELEASED_NAMES = [  # in the authors' checkpoints, and here
-        ("encoder.embed_tokens", "embedding"), ("decoder.lm_head_weight", "embedding.weight"),
-        ("encoder.encoder_layers", "encoder_blocks"), ("decoder.decoder_layers", "decoder_blocks"),
-        ("encoder.squeeze_layer", "squeeze"), ("decoder.expand_layer", "expand"),
-        ("encoder.norm", "encoder_norm"), ("decoder.norm", "decoder_norm"),
-        ("encoder.hidden_to_latent", "to_posterior"), ("decoder.latent_to_hidden", "from_latent"),
-        ("layernorm", "norm"), ("_proj", ""),
-    ]  # fmt: skip
-
     def __init__(self, config):
         super().__init__()
         self.config = c = config
@@ -130,18 +100,6 @@ class Autoencoder(nn.Module):
         self.decoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.apply(init_by_width)
         nn.init.normal_(self.embedding.weight, std=d**-0.5)  # logits of size 1
-
-    @classmethod
-    def from_pretrained(cls, folder):
-        """The autoencoder in a folder of the released layout, in evaluation mode."""
-        released = json.loads(Path(folder, "config.json").read_text())
-        fields = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
-                  "num_encoder_layers", "num_decoder_layers")
-        assert released.keys() >= {*fields}, f"{folder}/config.json is not of an autoencoder"
-        with torch.device("meta"):  # shapes without memory
-            model = cls(AutoencoderConfig(*[released[field] for field in fields]))
-        model.load_state_dict(released_weights(folder, cls.RELEASED_NAMES), assign=True)
-        return model.eval()
 
     def encode(self, tokens):
         """tokens (..., K) int -> mean, log_std of the posterior of z, each (..., l)."""
@@ -182,8 +140,9 @@ class Autoencoder(nn.Module):
         reconstruction = c.chunk_size * F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
         kl = kl_divergence(mean.float(), log_std.float(), c.kl_floor).mean()
         metrics = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
-        metrics["accuracy"] = (logits.argmax(-1) == tokens).float().mean()
-        if not self.training:  # the paper's test of robustness: noise on z
+        if not self.training:  # not in training: it would read all logits once more at every step
+            metrics["accuracy"] = (logits.argmax(-1) == tokens).float().mean()
+            # The paper's test of robustness is the accuracy with noise on z.
             noisy = self.decode(mean + 0.3 * torch.randn_like(mean))
             metrics["accuracy_noise_0.3"] = (noisy.argmax(-1) == tokens).float().mean()
         loss = reconstruction + c.kl_weight * kl

@@ -6,17 +6,14 @@ Letters: those of autoencoder.py, H attention heads, n samples.
 """
 
 import itertools
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autoencoder import NORM_EPS, Autoencoder, AutoencoderConfig, SwiGLU
-from autoencoder import init_by_width, released_weights
+from autoencoder import NORM_EPS, SwiGLU, init_by_width
 from energy_head import EnergyHead, energy_loss
 
 ROPE_THETA = 10_000.0  # base of the rotary position embedding, as in the released models
@@ -149,19 +146,6 @@ class Backbone(nn.Module):
 class CALM(nn.Module):
     """A Transformer that predicts vectors.  (paper, section 3; released: `EnergyTransformer`)"""
 
-    RELEASED_NAMES = [
-        ("generative_head.", "head."), ("mlp_generator.", "head."),  # two names of one head
-        ("noise_embd", "noise_in"), ("norm_noise", "noise_norm"), ("hidden_embd", "hidden_in"),
-        ("norm_hidden", "hidden_norm"), ("mlp_blocks", "blocks"), ("in_ln", "norm"),
-        ("final_layer.norm", "final_norm"), ("final_layer.linears", "final"), ("linears", "mlp"),
-        ("embed_proj", "compression"), ("transformer.embed_tokens", "embedding"),
-        ("transformer.layers", "backbone.blocks"), ("transformer.norm", "backbone.norm"),
-        ("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm"),
-        ("self_attn.q", "attention.query"), ("self_attn.k", "attention.key"),
-        ("self_attn.v", "attention.value"), ("self_attn.o", "attention.out"),
-        *Autoencoder.RELEASED_NAMES, ("ae_model.", "autoencoder."),
-    ]  # fmt: skip
-
     def __init__(self, config, autoencoder):
         super().__init__()
         self.config = config
@@ -174,29 +158,6 @@ class CALM(nn.Module):
         self.apply(init_by_width)  # not for the head and the autoencoder, below
         self.head = EnergyHead(d, config.latent_size, config.noise_size, config.n_head_blocks)
         self.autoencoder = autoencoder.requires_grad_(False)  # the target stands still
-
-    @classmethod
-    def from_pretrained(cls, folder, autoencoder=None):
-        """The model in a folder of the released layout, with the autoencoder there unless another
-        is given, in evaluation mode.
-        """
-        released = json.loads(Path(folder, "config.json").read_text())
-        fields = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
-                  "num_hidden_layers", "num_attention_heads", "noise_size", "num_mlp_layers")
-        assert released.keys() >= {*fields}, f"{folder}/config.json is not of a CALM"
-        config = CALMConfig(*[released[field] for field in fields])
-        config.context = released["max_position_embeddings"] * config.chunk_size  # in tokens
-        weights = released_weights(folder, cls.RELEASED_NAMES)
-        # The folder does not name its autoencoder's sizes, but the weights have them.
-        inner, d = weights["autoencoder.encoder_blocks.0.mlp.gate.weight"].shape
-        sizes = (config.vocab_size, config.chunk_size, config.latent_size, d, inner)
-        with torch.device("meta"):
-            model = cls(config, Autoencoder(AutoencoderConfig(*sizes)))
-        model.load_state_dict(weights, assign=True)
-        if autoencoder is not None:
-            assert autoencoder.config == model.autoencoder.config, "the autoencoders differ in size"
-            model.autoencoder = autoencoder.requires_grad_(False)
-        return model.eval()
 
     def compress(self, tokens):
         """(B, T) -> (B, L, d): the K embeddings of each chunk made one, the backbone's input."""
@@ -331,12 +292,18 @@ def evaluate_brier(model, tokens, context, batch_size=16, places=None, n_samples
     "brier": [4], "brier_lm", "brier_lm_se" (its standard error), "context", "positions".
 
     Of each `context` tokens, up to `places` chunks, evenly spaced, are predicted: by default all,
-    or 8 · K if K < 4, to save time. "positions" is the number of all predictions.
+    or 8 · K if K < 4, to save time. "positions" is the number of all predictions. A ValueError
+    says what is too small to be scored.
     """
     K = model.config.chunk_size
-    assert len(tokens) >= context, f"{len(tokens)} tokens are fewer than one context of {context}"
     device = next(model.parameters()).device
     n_places = context // K - math.ceil(4 / K)  # 4 tokens or more must follow
+    if n_places < 1:
+        raise ValueError(f"a context of {context} tokens is too short to be scored")
+    if len(tokens) < context:
+        raise ValueError(f"{len(tokens)} tokens are fewer than one context of {context}")
+    if n_samples < 2 or (places is not None and places < 1):
+        raise ValueError("a score needs at least 2 samples and 1 place")
     if places is None:
         places = n_places if K >= 4 else 8 * K
     every = math.ceil(n_places / places)
@@ -355,5 +322,7 @@ def evaluate_brier(model, tokens, context, batch_size=16, places=None, n_samples
     briers = scores[again].mean(1)  # (1000, 4)
     resampled = torch.tensor([brier_lm(brier) for brier in briers])
     brier, error = scores.mean(0), resampled.std().item()
+    if len(scores) == 1:  # one sequence does not show how sequences vary
+        error = math.nan
     result = {"brier": brier.tolist(), "brier_lm": brier_lm(brier), "brier_lm_se": error}
     return result | {"context": context, "positions": len(scores) * len(at)}

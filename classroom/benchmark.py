@@ -36,7 +36,7 @@ def peak_memory():
         return torch.cuda.max_memory_allocated() / 1e6
     if not Path("/proc/self/status").exists():  # only Linux has it
         return torch.nan
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e3
+    return int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 1e3
 
 
 def loss_as_written(samples, mean, log_std, n_targets=100):

@@ -154,18 +154,20 @@ def main():
     args, configs = argparse.Namespace(**saved["settings"] | changed), saved["configs"]
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    train_tokens, validation, encoding, _ = train.load_tokens(args)
+    there = (out_dir / "choices.pt").exists()
+    sample.check(not there, f"{out_dir} holds a trained choices.pt: name another --out_dir")
+    data = train.load_tokens(args)
 
     train.seed_step(args.seed, 0)
     model = ChoiceCALM(CALMConfig(**configs["calm"]), autoencoder)
-    chunks = train.random_windows(train_tokens, 20_000, args.chunk_size)
+    chunks = train.random_windows(data.train, 20_000, args.chunk_size)
     model.head.start_from(autoencoder, chunks)
     right = autoencoder.decode(model.head.sums(chunks[:1000])).argmax(-1) == chunks[:1000]
     print(f"the decoder finds {right.float().mean():.2%} of the tokens in sums of their codes")
 
-    log = train.train("choices", model, configs, args, train_tokens, validation, encoding)
+    log = train.train("choices", model, args, configs, data)
     train.write(out_dir / "choices_log.jsonl", "\n".join(map(json.dumps, log)).encode())
-    text = sample.write_text(model.eval(), encoding, "\n", n_tokens=800, temperature=0.5)
+    text = sample.write_text(model.eval(), data.encoding, "\n", n_tokens=800, temperature=0.5)
     score, error = log[-1]["brier_lm"], log[-1]["brier_lm_se"]
     print(f"\nA sample at temperature 0.5:\n{text}\n\nBrierLM {score:.2f} ± {error:.2f}")
 

@@ -60,18 +60,19 @@ def train(name, flags, folder):
     """Runs train.py, unless it has already finished with these flags; returns its summary."""
     prefix = "baseline_" * (kind_of(name) == "baseline")
     asked, done = folder / "flags.txt", folder / f"{prefix}summary.json"
-    begun = asked.exists() and asked.read_text() == " ".join(flags) and any(folder.glob("*.pt"))
+    same = asked.exists() and asked.read_text(encoding="utf-8") == " ".join(flags)
+    begun = same and any(folder.glob("*.pt"))
     if begun and done.exists():
-        return json.loads(done.read_text())
+        return json.loads(done.read_text(encoding="utf-8"))
     if asked.exists() and not begun:
         shutil.rmtree(folder)  # a run of other flags, or one that did not get far
     folder.mkdir(parents=True, exist_ok=True)
-    asked.write_text(" ".join(flags))
+    asked.write_text(" ".join(flags), encoding="utf-8")
     print(f"\n{name}: python train.py {' '.join(flags)}", flush=True)
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--out_dir", str(folder)]
     status = subprocess.run(command + ["--resume"] * begun).returncode
-    assert status == 0, f"training {name} ended with status {status}: its message is above"
-    return json.loads(done.read_text())
+    sample.check(status == 0, f"training {name} ended with status {status}: its message is above")
+    return json.loads(done.read_text(encoding="utf-8"))
 
 
 def flops(step):
@@ -156,8 +157,9 @@ def draw_scores(path, logs):
         scores = [row["brier_lm"] for row in rows]
         axes.plot(bits, scores, style, color="black", mfc="none", label=name)
         points += [point for point in zip(bits, scores) if point[1] > 0]  # 0: floored, no score
-    correlation = torch.corrcoef(torch.tensor(points).T)[0, 1].item()
-    axes.set_title(f"BrierLM rises as cross-entropy falls (correlation {correlation:.2f})")
+    if len(points) > 1:
+        correlation = torch.corrcoef(torch.tensor(points).T)[0, 1].item()
+        axes.set_title(f"BrierLM rises as cross-entropy falls (correlation {correlation:.2f})")
     axes.set(xlabel="cross-entropy, bits a token", ylabel="BrierLM")
     axes.legend()
     figure.savefig(path, dpi=110)
@@ -179,9 +181,10 @@ def main():
         summaries[name] = train(name, flags, out_dir / name)
         compute[name] = compute_of(name, out_dir / name, summaries[name])
         if kind_of(name) == "baseline":
-            logs[name] = [json.loads(row) for row in open(out_dir / name / "baseline_log.jsonl")]
+            rows = sample.read_text(out_dir / name / "baseline_log.jsonl").splitlines()
+            logs[name] = [json.loads(row) for row in rows]
     text = table(summaries, compute)
-    (out_dir / "table.md").write_text(text)
+    (out_dir / "table.md").write_text(text, encoding="utf-8")
     draw_flops(pictures / f"compare_flops_{args.scale}.png", summaries, compute)
     draw_scores(pictures / f"compare_scores_{args.scale}.png", logs)
     print(f"\n{text}")

@@ -298,7 +298,8 @@ def main():
     parser.add_argument("--out_dir", default="out/quick", help="a trained CALM (out/quick)")
     args = parser.parse_args()
     for name in args.names:
-        assert name in FIGURES, f"there is no picture {name}: choose from {', '.join(FIGURES)}"
+        known = name in FIGURES
+        sample.check(known, f"there is no picture {name}: choose from {', '.join(FIGURES)}")
     for name in args.names or FIGURES:
         torch.manual_seed(0)
         FIGURES[name](args.out_dir)

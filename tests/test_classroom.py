@@ -12,7 +12,7 @@ from conftest import tiny_calm
 
 import sample
 import train
-from classroom import prepare, words
+from classroom import compare, prepare, words
 from classroom.choices import ALPHA, ChoiceCALM, energy_score_of_choice
 
 TEXT = "low lower lowest slow slower, blow! The show below: 123 1234 élan élan\n\n  lows aaaaa" * 3
@@ -44,7 +44,8 @@ def test_prepare_writes_what_train_reads(vocab_size, several, tmp_path, monkeypa
     argv = f"prepare.py {source} {folder} --vocab_size {vocab_size} --held_out 0.1".split()
     monkeypatch.setattr(sys, "argv", argv)
     prepare.main()
-    *tokens, encoding, about = train.load_tokens(Namespace(data=folder, context=8))
+    settings = Namespace(data=folder, out_dir=source, context=8, sha256=None)
+    *tokens, encoding, about = train.load_tokens(settings)
     pieces = Counter(p for text in texts for p in regex.findall(sample.PATTERN, text))
     assert encoding._mergeable_ranks == prepare.train_bpe(pieces, vocab_size)
     assert [about["tokens"], about["characters"]] == [sum(map(len, x)) for x in (tokens, texts)]
@@ -56,6 +57,41 @@ def test_prepare_writes_what_train_reads(vocab_size, several, tmp_path, monkeypa
         assert "".join(found) == texts[0] + end and len(tokens[1]) == about["tokens"] // 10
     (source / "c.xz").write_bytes(lzma.compress(TEXT.encode())[:-30])
     assert "damaged" in command(prepare.main, source, folder)
+
+
+@pytest.mark.parametrize("sizes, held_out", [
+    ([10] * 20, {9}), ([1000, 1], None), ([1, 1000], None), ([1000], None), ([1, 1], None),
+    ([100] * 10 + [1], None),
+])  # fmt: skip
+def test_about_the_share_is_held_out_or_the_end_of_each_document(sizes, held_out):
+    """A long document and a tiny one: the tiny one alone would be too little."""
+    chosen = prepare.choose_held_out(sizes, 0.05)
+    assert (chosen is None) == (held_out is None)
+    if chosen:
+        assert 0.025 < sum(sizes[i] for i in chosen) / sum(sizes) < 0.1
+
+
+def test_the_ends_of_uneven_documents_are_held_out(tmp_path, monkeypatch):
+    """A byte order mark at the start of a file is no text."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a").write_text("0123456789" * 100, encoding="utf-8-sig")
+    (tmp_path / "texts/b").write_text("abcdefghi")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", "prepare.py texts tokens --held_out 0.1".split())
+    prepare.main()
+    train_tokens, held_out, encoding, about = train.load_tokens(
+        Namespace(data="tokens", out_dir=".", context=8, sha256=None)
+    )
+    end = "<|endoftext|>"
+    assert encoding.decode(train_tokens.tolist()) == "0123456789" * 90 + "0abcdefghi"
+    assert encoding.decode(held_out.tolist()) == "123456789" + "0123456789" * 9 + end + end
+    assert about["characters"] == 1009
+
+
+def test_scores_of_zero_are_a_picture_too(tmp_path):
+    rows = [{"val_loss": 5.0 - i, "brier_lm": 0.0} for i in range(3)]
+    compare.draw_scores(tmp_path / "scores.png", {"Transformer-S": rows})
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_closed_form_is_the_sum_over_all_pairs():

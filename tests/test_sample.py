@@ -1,8 +1,12 @@
 """Temperature, generation and tokenizers."""
 
 import base64
+import io
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -165,15 +169,109 @@ def test_a_text_has_newlines_before_a_short_prompt_and_ends_at_its_end():
     assert sample.write_text(model, encoding, "a", 200, 1.0) == "a" + encoding.decode(known)
 
 
+def rank_file(path, tokens, numbers):
+    lines = [f"{base64.b64encode(token).decode()} {i}" for token, i in zip(tokens, numbers)]
+    path.write_text("\n".join(lines) + "\n\n")  # a blank line at the end does no harm
+    return str(path)
+
+
+BYTES = [bytes([b]) for b in range(256)]
+
+
 @pytest.mark.parametrize("n, end", [(264, 264), (128_000, 128_001)])
 def test_a_file_of_ranks_is_a_tokenizer(n, end, tmp_path):
     """With 128 000 ranks it is that of Llama 3, under any name: its end is 128 001."""
-    tokens = [bytes([b]) for b in range(256)]
-    tokens += [b"12", b"45", b"123", b"1234", b"12345", b"th", b"the", b" the"]
+    tokens = BYTES + [b"12", b"45", b"123", b"1234", b"12345", b"th", b"the", b" the"]
     tokens += [b"\xff" + i.to_bytes(3, "big") for i in range(n - len(tokens))]
-    lines = [f"{base64.b64encode(token).decode()} {i}" for i, token in enumerate(tokens)]
-    (tmp_path / "anything").write_text("\n".join(lines) + "\n")
-    encoding = sample.load_tokenizer(str(tmp_path / "anything"))
+    encoding = sample.load_tokenizer(rank_file(tmp_path / "anything", tokens, range(n)))
     pieces = [encoding.decode([token]) for token in encoding.encode_ordinary("the the thx12345")]
     assert pieces == ["the", " the", " ", "th", "x", "123", "45"]
     assert encoding.eot_token == end
+
+
+@pytest.mark.parametrize("numbers, end", [
+    ([*range(250), *range(260, 267)], 267),  # some are left out, as in p50k: 257 is one of them
+    ([*range(1, 258)], 258),  # 257 is a token's
+])  # fmt: skip
+def test_the_end_of_a_text_has_a_number_of_its_own(numbers, end, tmp_path):
+    encoding = sample.load_tokenizer(rank_file(tmp_path / "ranks", [*BYTES, b"th"], numbers))
+    text = bytes(range(32, 127)).decode() + " the end"
+    assert encoding.eot_token == end == encoding.n_vocab - 1
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+@pytest.mark.parametrize("tokens, numbers, word", [
+    (BYTES[1:], range(255), "256 bytes"), ([*BYTES, b"a"], range(257), "twice"),
+    ([*BYTES, b"th"], [*range(256), 7], "twice"), ([*BYTES, b"th"], [*range(256), -1], "below 0"),
+    ([*BYTES, b"th"], [*range(256), 10**9], "far above"), ([*BYTES, b"th"], "0" * 257, "twice"),
+    (BYTES, ["x"] * 256, "BASE64 NUMBER"), ([], [], "256 bytes"),
+])  # fmt: skip
+def test_a_bad_file_of_ranks_is_one_sentence(tokens, numbers, word, tmp_path):
+    with pytest.raises(sample.UserError, match=word):
+        sample.load_tokenizer(rank_file(tmp_path / "ranks", tokens, numbers))
+
+
+def test_tokens_that_a_tokenizer_leaves_out_are_not_written(tmp_path):
+    """A model has an embedding for each number, but number 256 is no token of this file."""
+    ranks = rank_file(tmp_path / "ranks", [*BYTES, b"th"], [*range(256), 257])
+    model, encoding = tiny_calm(vocab_size=600), sample.load_tokenizer(ranks)
+    model.autoencoder.embedding.weight[256] *= 3
+    torch.manual_seed(0)
+    assert 256 in generate(model, torch.tensor([[10, 10, 10, 97]]), 40)
+    torch.manual_seed(0)
+    assert sample.write_text(model, encoding, "a", 40, 1.0).startswith("a")
+
+
+def test_a_terminal_without_a_letter_shows_a_question_mark(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    sample.run(lambda: print("na\u00efve \U0001f600"))
+    terminal.flush()
+    assert terminal.buffer.getvalue().replace(b"\r", b"") == b"na?ve ?\n"
+
+
+def test_texts_are_utf8_on_every_machine(tmp_path):
+    """Python warns, if asked, where a file is opened without the name of its encoding."""
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfna\xc3\xafve")
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
+    assert sample.read_text(tmp_path / "prompt.txt") == "na\u00efve"
+    with pytest.raises(sample.UserError, match="latin.txt is not a text in UTF-8"):
+        sample.read_text(tmp_path / "latin.txt")
+    script = f"import sample; sample.read_text({str(tmp_path / 'prompt.txt')!r})"
+    options = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning:sample", "-c", script]
+    folder = os.path.dirname(sample.__file__)
+    assert subprocess.run([sys.executable, *options], cwd=folder).returncode == 0
+
+
+def test_only_the_users_mistakes_are_sentences(command):
+    def student():
+        assert 1 + 1 == 3, "mine"
+
+    with pytest.raises(AssertionError, match="mine"):  # with its traceback
+        sample.run(student)
+
+    def mistake():
+        sample.check(False, "do this instead")
+
+    assert command(mistake) == "script.py: do this instead"
+    folder = os.path.dirname(sample.__file__)
+    words = [sys.executable, "-O", "sample.py", "--n_tokens", "0"]  # asserts are skipped
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "sample.py: --n_tokens must be above 0\n")
+
+
+def on_machine(monkeypatch, device, version="2.13.0"):
+    """As if torch found this device."""
+    find = lambda check_available: torch.device(device)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", find)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+
+
+def test_mps_needs_a_torch_that_can_train_on_it(monkeypatch):
+    on_machine(monkeypatch, "mps", "2.9.1")
+    for name in ("auto", "mps"):
+        with pytest.raises(sample.UserError, match="2.13"):
+            sample.pick_device(name)
+    assert sample.pick_device("cpu") == "cpu"
+    on_machine(monkeypatch, "mps", "2.13.0+x")
+    assert sample.pick_device("auto") == "mps"

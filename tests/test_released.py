@@ -1,0 +1,154 @@
+"""Checkpoints of the authors. golden/ holds tiny ones, and what the authors' code computes with them.
+"""
+
+import base64
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+import sample
+from autoencoder import Autoencoder, kl_divergence
+from calm import CALM, brier_score
+from energy_head import energy_score
+from sample import generate, load_released_autoencoder, load_released_calm
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def assert_close(ours, expected):
+    assert ours.shape == expected.shape
+    assert (ours.double() - expected).norm() / expected.double().norm() < 1e-5
+
+
+def assert_same_weights(ours, expected):
+    ours, expected = ours.state_dict(), expected.state_dict()
+    assert ours.keys() == expected.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["k2", "k4"])
+def test_golden_checkpoints(name):
+    arrays = numpy.load(GOLDEN / name / "expected.npz")
+    e = {key: torch.from_numpy(arrays[key]) for key in arrays}
+    autoencoder = load_released_autoencoder(GOLDEN / name / "autoencoder")
+    mean, log_std = autoencoder.encode(e["ids"].view(-1, autoencoder.config.chunk_size))
+    assert_close(mean, e["enc_mean"])
+    assert_close(log_std, e["enc_log_std"])
+    assert_close(autoencoder.decode(e["enc_mean"]), e["dec_logits"])
+    model = load_released_calm(GOLDEN / name / "calm")
+    assert_close(model.compress(e["ids"]), e["compressed"])
+    assert_close(model.hidden_states(e["ids"]), e["hidden"])
+    assert_close(model.head(e["hidden"], e["head_noise"]), e["head_latents"])
+    assert_same_weights(model.autoencoder, autoencoder)  # its own copy, unless another is given
+    assert load_released_calm(GOLDEN / name / "calm", autoencoder).autoencoder is autoencoder
+    targets = e["es_mean"] + e["es_eps"] * e["es_log_std"].exp()
+    assert_close(energy_score(e["es_x"], targets), e["es_score"])
+    assert_close(kl_divergence(e["es_mean"], e["es_log_std"], 0.5).mean(), e["kl_clamped"])
+    if "brier" in e:
+        brier = brier_score(e["brier_p1"], e["brier_p2"], e["brier_y"])
+        assert_close(brier.mean((0, 1)), e["brier"])
+
+
+@pytest.mark.parametrize("K", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_any_chunk_size_in_the_released_layout(K, dtype, file, tmp_path):
+    folder = GOLDEN / "k4/calm"
+    golden = load_released_calm(folder)
+    autoencoder = Autoencoder(replace(golden.autoencoder.config, chunk_size=K))
+    model = CALM(replace(golden.config, chunk_size=K), autoencoder).to(dtype)
+    # golden/k4 shows the released names: all its tensors differ, so equal ones tell which is which.
+    weights, ours, golden = {}, model.state_dict(), golden.state_dict()
+    for name, tensor in torch.load(folder / "pytorch_model.bin", weights_only=True).items():
+        [same] = [key for key in golden if torch.equal(golden[key], tensor)]
+        weights[name] = ours[same].clone()
+    save = torch.save
+    if file == "model.safetensors":
+        save = pytest.importorskip("safetensors.torch").save_file
+    for i in (0, 1):  # in two files; golden/ has one
+        part = dict(list(weights.items())[i::2])
+        save(part, tmp_path / file.replace(".", f"-0000{i + 1}-of-00002."))
+    config = json.loads((folder / "config.json").read_text()) | {"patch_size": K}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    loaded = load_released_calm(tmp_path)
+    assert_same_weights(loaded, model)
+    assert loaded.config.context == K * config["max_position_embeddings"] and not loaded.training
+    assert generate(loaded, torch.randint(97, (1, 8)), 8, 0.5, pool=10).shape == (1, 16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of golden/k4/calm, to be spoilt."""
+    shutil.copytree(GOLDEN / "k4/calm", tmp_path / "calm")
+    return tmp_path / "calm"
+
+
+@pytest.mark.parametrize("name, value", [
+    ("rope_theta", 500_000.0), ("rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("rms_norm_eps", 1e-5), ("hidden_act", "gelu"), ("num_key_value_heads", 2),
+    ("attention_bias", True), ("mlp_bias", True),
+])  # fmt: skip
+def test_a_config_that_asks_for_another_computation_is_refused(folder, name, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(sample.UserError, match=name):
+        load_released_calm(folder)
+
+
+def lose(weights):
+    return {name: weight for name, weight in weights.items() if "layers.2." not in name}
+
+
+def lose_autoencoder(weights):
+    return {name: weight for name, weight in weights.items() if not name.startswith("ae_")}
+
+
+def add(weights):
+    return weights | {"bias_of_something": torch.ones(3)}
+
+
+def reshape(weights):
+    return weights | {"transformer.norm.weight": torch.ones(3)}
+
+
+@pytest.mark.parametrize("change, word", [
+    (lose, "Missing"), (lose_autoencoder, "is a file missing"), (add, "bias_of_something"),
+    (reshape, "size mismatch"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_are_one_sentence(folder, change, word):
+    file = folder / "pytorch_model.bin"
+    torch.save(change(torch.load(file, weights_only=True)), file)
+    with pytest.raises(sample.UserError, match=word) as error:
+        load_released_calm(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04"])
+def test_a_file_without_weights_is_one_sentence(folder, content):
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(sample.UserError, match="git lfs pull"):
+        load_released_calm(folder)
+
+
+def test_another_autoencoder_computes_in_the_precision_of_the_model(folder):
+    file = folder / "pytorch_model.bin"
+    weights = torch.load(file, weights_only=True)
+    torch.save({name: weight.bfloat16() for name, weight in weights.items()}, file)
+    model = load_released_calm(folder, load_released_autoencoder(GOLDEN / "k4/autoencoder"))
+    assert generate(model, torch.randint(97, (1, 8)), 8).shape == (1, 16)
+    assert model(torch.randint(97, (1, 16)))[0].isfinite()
+
+
+def test_a_tokenizer_of_another_model_is_one_sentence(command, tmp_path):
+    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256)]
+    (tmp_path / "ranks").write_text("".join(lines))
+    words = ["--pretrained", GOLDEN / "k4/calm", "--tokenizer", tmp_path / "ranks"]
+    assert "the model has 97 tokens" in command(sample.main, *words)

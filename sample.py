@@ -266,7 +266,7 @@ def load_model(out_dir, kind):
 # A folder in the layout of the released models holds a config.json and the weights, in one file or
 # several. Their code is at https://github.com/shaochenze/calm, in the folder models/.
 
-# A setting's name here, and in a config.json (configuration_autoencoder.py, configuration_calm.py).
+# A setting's name here, and in a config.json: configuration_autoencoder.py, configuration_calm.py.
 RELEASED_FIELDS = {
     "vocab_size": "vocab_size",
     "chunk_size": "patch_size",
@@ -336,7 +336,7 @@ RELEASED_NAMES = {
 
 
 def released_config(folder, kind):
-    """The config in a folder's config.json, an AutoencoderConfig or a CALMConfig: that is `kind`."""
+    """The config in a folder's config.json: `kind` is AutoencoderConfig or CALMConfig."""
     path = Path(folder, "config.json")
     released = json.loads(read_text(path))
     # As many keys and values as queries: attention is not grouped here.
@@ -440,7 +440,7 @@ def write_text(model, encoding, prompt, n_tokens, temperature, pool=200):
 def pick_device(name):
     """cuda, mps or cpu: for "auto" the best there is."""
     best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    check(name in ("auto", "cpu", best), f"there is no device {name} here, but {best}")
+    check(name in ("auto", "cpu", best), f"there is no device {name} here: try --device {best}")
     if name == "auto":
         name = best
     # Before 2.13, cdist could not be trained on MPS, and attention was wrong there at times.

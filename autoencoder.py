@@ -1,9 +1,15 @@
-"""The autoencoder: K tokens into one vector, and back.  (CALM paper, section 2)
-
-The vector must be exact: the K tokens come back. And robust: the vectors that a language model
-predicts are always a bit wrong.
+"""The autoencoder: K tokens become one vector, and back.  (CALM paper, section 2)
 
     a *chunk*, K tokens --encode--> posterior N(mean, std^2) --draw--> z --decode--> logits (K, V)
+
+The vector z has to meet two demands. It must be exact, so that the decoder recovers all K tokens.
+It must also be robust, because a language model never predicts it perfectly: vectors close to z
+have to decode to the same tokens. A plain autoencoder meets the first demand only, and between the
+vectors of two chunks its decoder may say anything.
+
+So this is a *variational* autoencoder. Its encoder does not name a point but a small cloud, a
+Gaussian with a mean and a std for each of l coordinates, called the posterior. In training the
+decoder sees a random point of the cloud, and learns to be right everywhere in it.
 
 Letters used for dimensions, here and in the other files:
     B  batch                T  tokens in a sequence    L  chunks in a sequence, T / K
@@ -23,6 +29,7 @@ NORM_EPS = 1e-6  # of every RMSNorm and LayerNorm, as released
 @dataclass
 class AutoencoderConfig:
     """The published autoencoder. `kl_floor` is the paper's lambda, `kl_weight` its beta."""
+
     vocab_size: int
     chunk_size: int = 4  # K
     latent_size: int = 128  # l
@@ -37,16 +44,23 @@ class AutoencoderConfig:
 
 def kl_divergence(mean, log_std, floor=0.0):
     """KL( N(mean, std^2) || N(0, I) ), nats: mean, log_std (..., l) -> (...).
-    In a loss, it keeps the means from outgrowing the noise. "KL clipping" (paper, section 2): below
-    `floor` a dimension counts as `floor`, a constant: nothing pulls it further to N(0, 1).
+
+    Alone, the reconstruction loss would let the encoder escape from its own noise: it could move
+    the means far apart, or shrink the std to 0. This term of the loss makes both expensive. But for
+    a coordinate at N(0, 1) the term is 0, the least there is, and such a coordinate says nothing
+    about its chunk. "KL clipping" (paper, section 2) prevents that collapse: below `floor` a
+    coordinate counts as `floor`, a constant without a gradient, so nothing pulls it further.
     """
     per_dimension = 0.5 * (mean**2 + torch.exp(2 * log_std) - 1 - 2 * log_std)  # (..., l)
     return per_dimension.clamp_min(floor).sum(-1)
 
 
 def init_by_width(module):
-    """Linear maps start with std 1/sqrt(fan-in): they keep a signal's size. Embeddings: std 1.
-    The released code has 0.02 for both, which is 1/sqrt(2500): right for a width of 2500.
+    """Initial weights: for a linear map std 1/sqrt(fan-in), for an embedding std 1.
+
+    A sum of fan-in products, each of size 1/sqrt(fan-in), has size 1. So a signal keeps its size in
+    every layer of a network of any width. The released code has 0.02 everywhere, which is
+    1/sqrt(2500): right for a width of 2500, and far too small for narrow networks.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -57,7 +71,7 @@ def init_by_width(module):
 
 
 class SwiGLU(nn.Module):
-    """A gated MLP: (..., d) -> (..., d)."""
+    """A gated MLP: (..., d) -> (..., d). The gate says how much of each coordinate passes."""
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
@@ -70,7 +84,9 @@ class SwiGLU(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + SwiGLU(RMSNorm(x)): (..., d) -> (..., d). No attention."""
+    """x + SwiGLU(RMSNorm(x)): (..., d) -> (..., d). There is no attention: the authors found that
+    it lowers the autoencoder's loss and makes its vectors harder to predict (their issue 5).
+    """
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
@@ -88,18 +104,25 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.config = c = config
         d, K, inner = c.hidden_size, c.chunk_size, c.intermediate_size
-        n_encoder, n_decoder = c.n_encoder_layers, c.n_decoder_layers
+        # The encoder: blocks for single tokens, a map that joins K of them, blocks for the chunk.
         self.embedding = nn.Embedding(c.vocab_size, d)
-        self.encoder_blocks = nn.Sequential(*[ResidualBlock(d, inner) for _ in range(n_encoder)])
+        self.encoder_blocks = nn.Sequential()
+        for _ in range(c.n_encoder_layers):
+            self.encoder_blocks.append(ResidualBlock(d, inner))
         self.squeeze = nn.Linear(K * d, d)
         self.encoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.to_posterior = nn.Linear(d, 2 * c.latent_size)
+        # The decoder is its mirror.
         self.from_latent = nn.Linear(c.latent_size, d)
-        self.decoder_blocks = nn.Sequential(*[ResidualBlock(d, inner) for _ in range(n_decoder)])
+        self.decoder_blocks = nn.Sequential()
+        for _ in range(c.n_decoder_layers):
+            self.decoder_blocks.append(ResidualBlock(d, inner))
         self.expand = nn.Linear(d, K * d)
         self.decoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.apply(init_by_width)
-        nn.init.normal_(self.embedding.weight, std=d**-0.5)  # logits of size 1
+        # The embedding is used twice ("tied"): as rows to look up here, and in `decode` as the map
+        # to the logits. There d products of size 1/sqrt(d) make logits of size 1.
+        nn.init.normal_(self.embedding.weight, std=d**-0.5)
 
     def encode(self, tokens):
         """tokens (..., K) int -> mean, log_std of the posterior of z, each (..., l)."""
@@ -118,31 +141,40 @@ class Autoencoder(nn.Module):
         x = self.decoder_blocks[:half](x)
         x = self.expand(x).unflatten(-1, (self.config.chunk_size, -1))  # (..., K, d)
         x = self.decoder_blocks[half:](x)
-        return F.linear(self.decoder_norm(x), self.embedding.weight)
+        return F.linear(self.decoder_norm(x), self.embedding.weight)  # (..., K, V)
 
     def forward(self, tokens):
         """tokens (..., L·K) int -> loss (nats per chunk), metrics: scalars.  (paper, section 2)
-        loss = K · CE(decoder(z), tokens) + beta · KL. In training, tokens and z are damaged.
+        loss = K · CE(decoder(z), tokens) + beta · KL
+
+        In training, three kinds of damage make the vectors robust: lost input tokens, the draw from
+        the posterior, and lost coordinates of z. In evaluation nothing is damaged.
         """
         c = self.config
         tokens = tokens.unflatten(-1, (-1, c.chunk_size))  # (..., L, K)
         inputs = tokens
-        if self.training:  # DropToken: some become id 0, to be guessed from others
+        if self.training:
+            # "DropToken": some tokens become id 0, and must be guessed from the others in the
+            # chunk. That 0 is a token of its own, too, does little harm: it is rare in texts.
             lost = torch.rand(tokens.shape, device=tokens.device) < c.dropout
             inputs = tokens.masked_fill(lost, 0)
         mean, log_std = self.encode(inputs)  # (..., L, l) each
         z = mean
-        if self.training:  # the decoder must be right in a whole neighbourhood of the mean
+        if self.training:
+            # A draw from N(mean, std^2), written as a function of mean and std, and of noise that
+            # does not depend on them. So the gradient passes through z to the encoder.
             z = mean + log_std.exp() * torch.randn_like(mean)
             z = F.dropout(z, c.dropout)
         logits = self.decode(z).float()  # (..., L, K, V)
-        # Cross-entropy is a mean over tokens: K times that is the loss of a chunk.
+        # `cross_entropy` is a mean over tokens. K times that is the loss of a chunk.
         reconstruction = c.chunk_size * F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
         kl = kl_divergence(mean.float(), log_std.float(), c.kl_floor).mean()
         metrics = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
         if not self.training:  # not in training: it would read all logits once more at every step
             metrics["accuracy"] = (logits.argmax(-1) == tokens).float().mean()
-            # The paper's test of robustness is the accuracy with noise on z.
+            # The paper's test of robustness is the accuracy with noise of size 0.3 on z. That is
+            # more than the std of the posteriors, which the preset `quick` brings to about 0.15,
+            # and little beside the spread of the means over all chunks, about 1.4.
             noisy = self.decode(mean + 0.3 * torch.randn_like(mean))
             metrics["accuracy_noise_0.3"] = (noisy.argmax(-1) == tokens).float().mean()
         loss = reconstruction + c.kl_weight * kl

@@ -21,7 +21,11 @@ ROPE_THETA = 10_000.0  # base of the rotary position embedding, as in the releas
 
 @dataclass
 class CALMConfig:
-    """The published CALM-M (371 M parameters with Llama 3's vocabulary)."""
+    """The published CALM-M. With Llama 3's 128 256 tokens and one for padding it has 372 M trained
+    parameters, the head and the input embedding among them; the paper says 371 M. The frozen
+    autoencoder has 76 M more.
+    """
+
     vocab_size: int
     chunk_size: int = 4  # K
     latent_size: int = 128  # l
@@ -39,7 +43,10 @@ class CALMConfig:
 
 @dataclass
 class TransformerConfig:
-    """The paper's discrete Transformer-S (281 M parameters, Llama 3's tokens)."""
+    """The paper's discrete Transformer-S. It has 281 M parameters with Llama 3's tokens, of which
+    the embedding and the un-embedding have 98 M each.
+    """
+
     vocab_size: int
     hidden_size: int = 768
     intermediate_size: int = 2048
@@ -53,31 +60,39 @@ class TransformerConfig:
 
 
 class KVCache:
-    """Keys and values of the steps taken. A lower `length` makes it forget the last ones."""
+    """The keys and values of the steps so far. With it, a new step costs one step and not a pass
+    over the whole history. Reducing `length` discards the most recent steps.
+    """
 
     def __init__(self):
-        self.length = 0  # steps taken: `Backbone` counts them
-        self.keys, self.values = {}, {}  # layer number -> (B, H, steps, d/H)
+        self.length = 0  # steps so far: `Backbone` counts them
+        self.keys = {}  # layer number -> (B, H, steps, d/H)
+        self.values = {}
 
     def append(self, layer, k, v):
-        """Keys and values of new steps, (B, H, new, d/H) -> of all steps."""
-        if self.length > 0:  # of what is there, keep the first `length` steps
+        """Keys and values of new steps, (B, H, new, d/H) -> those of all steps."""
+        if self.length > 0:  # of what is stored, the first `length` steps count
             k = torch.cat([self.keys[layer][:, :, : self.length], k], dim=2)
             v = torch.cat([self.values[layer][:, :, : self.length], v], dim=2)
-        self.keys[layer], self.values[layer] = k, v
+        self.keys[layer] = k
+        self.values[layer] = v
         return k, v
 
 
 def rotate(x, positions):
-    """Rotary position embedding: coordinates j and j + half of x (B, H, steps, size) are a point in
-    a plane, and turn by the angle position · theta^(-j / half). If q and k turn by the same angle,
-    q·k stays the same. So q·k depends only on the difference of their positions.
+    """Rotary position embedding: x (B, H, steps, size), positions (steps,) -> like x.
+
+    Coordinates j and j + half of x are a point in a plane. It turns by the angle position ·
+    theta^(-j / half): fast for small j, slowly for large. Turning q and k by the same angle leaves
+    q·k as it was. So q·k depends on the difference of their positions, and on nothing else of them.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
     angles = positions[:, None] * ROPE_THETA ** (-j / half)  # (steps, half)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos = angles.cos().to(x.dtype)
+    sin = angles.sin().to(x.dtype)
     first, second = x.split(half, dim=-1)  # (B, H, steps, half) each
+    # (first, second) times the matrix that turns a plane: [[cos, -sin], [sin, cos]].
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
@@ -86,7 +101,8 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d, self.H = config.hidden_size, config.n_heads
+        d = config.hidden_size
+        self.H = config.n_heads
         self.query = nn.Linear(d, d, bias=False)
         self.key = nn.Linear(d, d, bias=False)
         self.value = nn.Linear(d, d, bias=False)
@@ -94,13 +110,16 @@ class Attention(nn.Module):
 
     def forward(self, x, positions, cache, layer):
         B, steps, d = x.shape
+        # Each of the H heads has its own d/H coordinates.
         q = self.query(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
         k = self.key(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
         v = self.value(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
         q = rotate(q, positions)
         k = rotate(k, positions)
-        k, v = cache.append(layer, k, v)  # (B, H, all steps, d/H)
-        # A single new step sees all before it: it needs no mask.
+        if cache is not None:  # in generation: the new steps look back at all before them
+            k, v = cache.append(layer, k, v)  # (B, H, all steps, d/H)
+        # The mask hides from each step the steps after it. A single new step is the last, and may
+        # see all.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=steps > 1)  # (B, H, steps, d/H)
         return self.out(x.transpose(1, 2).reshape(B, steps, d))
 
@@ -121,8 +140,8 @@ class TransformerBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """(B, steps, d) -> (B, steps, d). A step is a chunk or a token. If the cache holds steps
-    already, only one can be added at a time.
+    """A LLaMA-style Transformer: (B, steps, d) -> (B, steps, d). A step is a chunk or a token.
+    With a cache that holds steps already, x is the one step after them.
     """
 
     def __init__(self, config):
@@ -131,12 +150,17 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=NORM_EPS)
 
     def forward(self, x, cache=None):
-        cache = cache or KVCache()
         steps = x.shape[1]
-        positions = torch.arange(cache.length, cache.length + steps, device=x.device)
+        begin = 0
+        if cache is not None:
+            begin = cache.length
+        if begin > 0 and steps > 1:  # the mask would hide the first of them from the last
+            raise ValueError("behind a cache, take one step at a time")
+        positions = torch.arange(begin, begin + steps, device=x.device)
         for layer, block in enumerate(self.blocks):
             x = block(x, positions, cache, layer)
-        cache.length += steps
+        if cache is not None:
+            cache.length += steps
         return self.norm(x)
 
 
@@ -155,13 +179,15 @@ class CALM(nn.Module):
             nn.Linear(K * d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d), nn.LayerNorm(d, eps=NORM_EPS)
         )
         self.backbone = Backbone(config)
-        self.apply(init_by_width)  # not for the head and the autoencoder, below
+        self.apply(init_by_width)  # the head, below, does this itself
         self.head = EnergyHead(d, config.latent_size, config.noise_size, config.n_head_blocks)
-        self.autoencoder = autoencoder.requires_grad_(False)  # the target stands still
+        # The autoencoder is trained before, and then frozen: the targets must not move.
+        self.autoencoder = autoencoder.requires_grad_(False)
 
     def compress(self, tokens):
-        """(B, T) -> (B, L, d): the K embeddings of each chunk made one, the backbone's input."""
-        # Tokens, not vectors: so the error of a generated vector is not fed back.
+        """(B, T) -> (B, L, d): the K embeddings of each chunk become one input of the backbone."""
+        # The input is the chunk's tokens rather than its vector. In generation that is the decoded
+        # text, so that the error of a predicted vector is not carried into the next step.
         chunks = tokens.unflatten(1, (-1, self.config.chunk_size))  # (B, L, K)
         x = self.embedding(chunks).flatten(-2)  # (B, L, K·d)
         return self.compression(x)
@@ -173,20 +199,28 @@ class CALM(nn.Module):
     def forward(self, tokens):
         """tokens (B, T) -> loss, metrics: scalars. Every chunk but the first is a target."""
         c = self.config
-        # N draws of the vector after each chunk but the last.
+        # After each chunk but the last: the hidden state, and N draws of the next vector.
         hidden = self.hidden_states(tokens[:, : -c.chunk_size])  # (B, L-1, d)
         samples = self.head.sample(hidden, c.n_samples)  # (N, B, L-1, l)
-        # The targets: the frozen encoder's posterior of the text's own next chunk, undamaged.
+        # The target: the posterior that the frozen encoder gives for the text's own next chunk.
         chunks = tokens.unflatten(1, (-1, c.chunk_size))  # (B, L, K)
         with torch.no_grad():
-            mean, log_std = self.autoencoder.encode(chunks[:, 1:])  # (B, L-1, l)
+            mean, log_std = self.autoencoder.encode(chunks[:, 1:])  # (B, L-1, l) each
         loss, fidelity, diversity = energy_loss(samples, mean, log_std, c.n_targets, c.alpha)
+        # Their gap shows how far training is: it closes when head and data agree.
         metrics = {"fidelity": fidelity.detach(), "diversity": diversity.detach()}
-        if not self.training:  # how sure is the decoder of what it reads in a draw?
-            z = samples[0].detach().flatten(0, 1)[:512]  # (up to 512, l)
-            best = self.autoencoder.decode(z).softmax(-1).amax(-1)  # (up to 512, K)
-            metrics["confidence"] = best.prod(-1).mean()
+        if not self.training:
+            metrics["confidence"] = self.confidence(samples[0].flatten(0, 1)[:512])
         return loss, metrics
+
+    @torch.no_grad()
+    def confidence(self, latents):
+        """How confident is the decoder about drawn vectors? (n, l) -> the mean probability that it
+        gives the chunk it reads. It is near 1 for the vectors of real chunks, and lower between
+        them.
+        """
+        best = self.autoencoder.decode(latents).softmax(-1).amax(-1)  # (n, K)
+        return best.prod(-1).mean()
 
     @torch.no_grad()
     def draw_chunks(self, hidden, n, generator=None):
@@ -194,9 +228,11 @@ class CALM(nn.Module):
         token is the most probable one for it (paper, section 3).
         """
         latents = self.head.sample(hidden, n, generator)  # (n, ..., l)
-        parts = latents.flatten(0, -2).split(512)  # logits of 512 chunks of Llama 3 take 1 GB
-        tokens = torch.cat([self.autoencoder.decode(part).argmax(-1) for part in parts])
-        return tokens.view(*latents.shape[:-1], -1)
+        # We decode 512 vectors at a time: their logits, with Llama 3's vocabulary, take 1 GB.
+        tokens = []
+        for part in latents.flatten(0, -2).split(512):
+            tokens.append(self.autoencoder.decode(part).argmax(-1))  # (up to 512, K)
+        return torch.cat(tokens).view(*latents.shape[:-1], -1)
 
 
 # ------ The discrete Transformer, for comparison
@@ -233,10 +269,16 @@ class TransformerLM(nn.Module):
 
 # ------ BrierLM  (paper, section 4)
 #
-# The Brier score of a prediction P for the outcome y is 2 P(y) - sum_x P(x)^2. For y ~ Q its mean
-# is sum_x (2 P Q - P^2) = sum_x (Q^2 - (P - Q)^2), largest at P = Q. Draws estimate both: P(y)
-# is how often a draw is y, and sum_x P(x)^2 how often two draws are equal. The outcome of Brier-n
-# is the next n tokens, all together.
+# Perplexity needs the probability of the text, which CALM does not have. The Brier score gets by
+# with samples. For a prediction P and the outcome y it is 2 P(y) - sum_x P(x)^2. Let y come from Q.
+# The score's mean is
+#
+#     sum_x (2 P(x) Q(x) - P(x)^2) = sum_x Q(x)^2 - sum_x (P(x) - Q(x))^2,
+#
+# largest at P = Q and only there: it is strictly proper. Both terms can be estimated from draws,
+# since P(y) is how often a draw equals y, and sum_x P(x)^2 how often two draws are equal.
+#
+# The outcome of Brier-n is the next n tokens, all of them together.
 
 
 def prefix_matches(first, second):
@@ -266,23 +308,25 @@ def draw_continuations(model, tokens, at, n):
     B, K = len(tokens), model.config.chunk_size
     n_chunks = math.ceil(4 / K)
     target = torch.stack([tokens[:, (i + 1) * K : (i + 1 + n_chunks) * K] for i in at], dim=1)
-    if n_chunks == 1:
+    if n_chunks == 1:  # K >= 4: a chunk has all that BrierLM asks for, and this is all there is
         hidden = model.hidden_states(tokens)  # (B, L, d)
         return model.draw_chunks(hidden[:, at], n), target
 
-    # For K < 4 this takes several steps. The cache forgets what is after chunk i, and takes drawn
-    # chunks instead. What is before i stays the text's: so go from the last i to the first.
+    # K < 4: a draw of 4 tokens takes several steps. We read the text once, and keep its cache. At
+    # each i we cut the cache back to the real text and append the drawn chunks. What is cut off is
+    # lost, so we go from the last i to the first.
     cache = KVCache()
     hidden = model.hidden_states(tokens.repeat(n, 1), cache)  # (n·B, L, d)
     drawn = []
     for i in reversed(at):
         cache.length = i + 1
-        h, chunks = hidden[:, i], []
+        h = hidden[:, i]  # (n·B, d)
+        chunks = []
         for _ in range(n_chunks):
             chunk = model.draw_chunks(h, 1)[0]  # (n·B, K)
             chunks.append(chunk)
             h = model.hidden_states(chunk, cache)[:, 0]  # (n·B, d)
-        drawn.append(torch.cat(chunks, dim=-1).view(n, B, -1))
+        drawn.append(torch.cat(chunks, dim=-1).view(n, B, -1))  # (n, B, C)
     return torch.stack(drawn[::-1], dim=2), target
 
 
@@ -291,9 +335,9 @@ def evaluate_brier(model, tokens, context, batch_size=16, places=None, n_samples
     """Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, tokens (T,) int: a dict of
     "brier": [4], "brier_lm", "brier_lm_se" (its standard error), "context", "positions".
 
-    Of each `context` tokens, up to `places` chunks, evenly spaced, are predicted: by default all,
-    or 8 · K if K < 4, to save time. "positions" is the number of all predictions. A ValueError
-    says what is too small to be scored.
+    The text is cut into sequences of `context` tokens. In each, up to `places` chunks, evenly
+    spaced, are predicted: by default all, or 8 · K if K < 4, to save time. "positions" counts all
+    predictions. A ValueError says what is too small to be scored.
     """
     K = model.config.chunk_size
     device = next(model.parameters()).device
@@ -305,23 +349,29 @@ def evaluate_brier(model, tokens, context, batch_size=16, places=None, n_samples
     if n_samples < 2 or (places is not None and places < 1):
         raise ValueError("a score needs at least 2 samples and 1 place")
     if places is None:
-        places = n_places if K >= 4 else 8 * K
+        places = n_places
+        if K < 4:
+            places = 8 * K
     every = math.ceil(n_places / places)
-    at = list(range(every // 2, n_places, every))
+    at = list(range(every // 2, n_places, every))  # the middle of each stretch
+
+    # Score all sequences. Every pair of the draws for a place gives one estimate.
     sequences = tokens[: len(tokens) // context * context].view(-1, context)
     scores = []
     for batch in sequences.split(batch_size):
         drawn, target = draw_continuations(model, batch.to(device), at, n_samples)
-        # Each pair gives an estimate.
         pairs = [brier_score(x1, x2, target) for x1, x2 in itertools.combinations(drawn, 2)]
         scores.append(torch.stack(pairs).mean((0, 2)).cpu())  # (pairs, B, A, 4) -> (B, 4)
     scores = torch.cat(scores)
 
-    # The bootstrap: draw sequences again, with replacement. How do scores vary?
+    # How much would another text of this length change the score? We cannot say from one number,
+    # and BrierLM is no plain mean. The bootstrap draws as many sequences from ours, with
+    # replacement, a thousand times, and looks at how the thousand scores vary.
     again = torch.randint(len(scores), (1000, len(scores)))
     briers = scores[again].mean(1)  # (1000, 4)
     resampled = torch.tensor([brier_lm(brier) for brier in briers])
-    brier, error = scores.mean(0), resampled.std().item()
+    brier = scores.mean(0)  # (4,)
+    error = resampled.std().item()
     if len(scores) == 1:  # one sequence does not show how sequences vary
         error = math.nan
     result = {"brier": brier.tolist(), "brier_lm": brier_lm(brier), "brier_lm_se": error}

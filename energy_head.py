@@ -1,8 +1,11 @@
 """The energy head: a sampler of vectors, and the score that trains it.  (CALM paper, section 3)
 
-There is no softmax over vectors. The energy head is only a *sampler*: it turns a hidden state and
-random noise into one vector. The energy score needs only samples to tell a good sampler from a bad
-one.
+There is no softmax over vectors, because there are infinitely many of them. The energy head is only
+a *sampler*: it turns a hidden state and random noise into one vector. It cannot say how probable a
+vector is. The energy score does not ask: samples are enough to tell a good sampler from a bad one.
+
+    hidden state h, noise u --energy head--> a draw z of the next chunk's vector
+    N draws for one h, M draws of the true vector --energy score--> a number to be maximised
 
 Letters: N head samples, M target samples, l latent size, d width, ... any leading dimensions.
 """
@@ -11,40 +14,71 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-NORM_EPS = 1e-6  # as in autoencoder.py
-
+from autoencoder import NORM_EPS, init_by_width
 
 # ------ The energy score
 #
-#     S(P, y) = E |x' - x''|^alpha  -  2 E |x - y|^alpha,      x, x', x'' independent draws from P
+# A score judges a sampler P by one observed outcome y, here the vector of the text's next chunk:
 #
-# For 0 < alpha < 2 it is *strictly proper*: its mean over y ~ Q (what may follow a text)
-# is largest at P = Q, and only there. Let y, y' be independent draws from Q. The "energy distance"
+#     S(P, y) = E |x' - x''|^alpha  -  2 E |x - y|^alpha
 #
-#     D = 2 E |x - y|^alpha - E |x' - x''|^alpha - E |y - y'|^alpha
+# x, x' and x'' are independent draws from P. All are vectors, and |.| is the length of one. The
+# paper has alpha = 1.
 #
-# is 0 if P = Q, and else positive (a theorem). The mean of S is -D - E |y - y'|^alpha, where only D
-# depends on P.
+# Let the outcomes y come from Q, the distribution of what really follows. We want the mean of S to
+# be largest if P = Q, and only then: such a score is *strictly proper*, and whoever maximises it
+# learns Q. The energy score is, for 0 < alpha < 2. To see why, look at the "energy distance"
 #
-# "Fidelity", E |x - y|^alpha, is small if draws lie near the data. Alone it would pull them all to
-# one point. "Diversity", E |x' - x''|^alpha, keeps them apart. At P = Q the two are equal.
+#     D(P, Q) = 2 E |x - y|^alpha - E |x' - x''|^alpha - E |y' - y''|^alpha.
+#
+# The mean of S is -D minus a term that P cannot change. So we ask whether D is 0 at P = Q alone.
+#
+# Take alpha = 1 and numbers on a line. Then |x - y| is the length of all thresholds t that lie
+# between x and y. Let F(t) be the probability that x <= t, and G(t) that of y <= t. A threshold
+# lies between x and y with probability F (1 - G) + G (1 - F), between x' and x'' with 2 F (1 - F),
+# and between y' and y'' with 2 G (1 - G). We add up over all thresholds:
+#
+#     D = ∫ 2 F (1 - G) + 2 G (1 - F) - 2 F (1 - F) - 2 G (1 - G) dt = 2 ∫ (F - G)^2 dt.
+#
+# This is 0 if F = G everywhere, and positive otherwise. In more dimensions, |x - y| is the mean of
+# its shadows on all lines through the origin, times a constant. So D is a mean of such integrals,
+# and two distributions that agree in all shadows are equal. For other alpha below 2 the statement
+# holds, too (Gneiting and Raftery, "Strictly Proper Scoring Rules", 2007, section 4.3).
+#
+# For alpha = 2 it fails. Expanding the squares leaves D = 2 |E x - E y|^2, which compares the means
+# and nothing else: a sampler that always draws the mean of Q would have the best possible score.
+# (The picture `classroom/pictures/energy.png` shows both cases.)
 
 
-def fidelity_and_diversity(x, y, alpha):
-    """E |x - y|^alpha and E |x' - x''|^alpha, unbiased: x (..., N, l), y (..., M, l) -> (...) each.
-    The points should lie about the origin: see `energy_score`.
+def fidelity_and_diversity(samples, targets, alpha=1.0):
+    """The two parts of the energy score, unbiased: E |x - y|^alpha and E |x' - x''|^alpha.
+    samples (N, ..., l), targets (M, ..., l) -> (...) each; N >= 2, 0 < alpha < 2.
+
+    "Fidelity" is small if the draws lie near the data. Alone it would pull all draws to one point.
+    "Diversity" rewards draws that lie apart. At P = Q the two are equal, on average.
     """
-    N = x.shape[-2]
+    N = len(samples)
     if not 0 < alpha < 2:
         raise ValueError(f"alpha must lie between 0 and 2, not {alpha}")
     if N < 2:
         raise ValueError("the diversity of a sampler needs at least 2 samples")
-    # If alpha < 1, the slope of |.|^alpha is infinite at 0. The clamp makes it 0.
+
+    # For many points `cdist` computes |x|^2 + |y|^2 - 2 x·y. Far from the origin these are large
+    # numbers with a small difference, and rounding would swamp it. So we move all points first,
+    # until the targets' mean is the origin. Distances do not change.
+    centre = targets.mean(0)  # (..., l)
+    x = (samples - centre).movedim(0, -2)  # (..., N, l)
+    y = (targets - centre).movedim(0, -2)  # (..., M, l)
+
+    # The slope of r^alpha is infinite at r = 0 if alpha < 1. The clamp makes it 0 there.
     to_targets = torch.cdist(x, y).clamp_min(1e-12) ** alpha  # (..., N, M)
     to_each_other = torch.cdist(x, x).clamp_min(1e-12) ** alpha  # (..., N, N)
+
     fidelity = to_targets.mean((-1, -2))
-    # A sample's distance to itself, 0 but for the clamp, does not count: N (N - 1), not N^2.
-    diversity = to_each_other.sum((-1, -2)) / (N * (N - 1))
+    # We leave out the diagonal, the distance of each sample to itself, which is no pair of two
+    # independent draws. N (N - 1) pairs remain. Dividing by N^2 would make diversity too small.
+    itself = torch.eye(N, dtype=torch.bool, device=x.device)
+    diversity = to_each_other.masked_fill(itself, 0).sum((-1, -2)) / (N * (N - 1))
     return fidelity, diversity
 
 
@@ -52,12 +86,7 @@ def energy_score(samples, targets, alpha=1.0):
     """The energy score of a sampler at observed targets, to be *maximised*.  (paper, section 3)
     samples (N, ..., l), targets (M, ..., l) -> (...), unbiased; N >= 2, 0 < alpha < 2.
     """
-    # For many points `cdist` uses |x|^2 + |y|^2 - 2 x·y. Far from the origin these are large, and
-    # rounding would swamp small distances. So shift all points: the targets' mean to the origin.
-    centre = targets.mean(0)
-    x = (samples - centre).movedim(0, -2)  # (..., N, l)
-    y = (targets - centre).movedim(0, -2)  # (..., M, l)
-    fidelity, diversity = fidelity_and_diversity(x, y, alpha)
+    fidelity, diversity = fidelity_and_diversity(samples, targets, alpha)
     return diversity - 2 * fidelity
 
 
@@ -65,18 +94,22 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
     """Minus the energy score, averaged over positions; targets are draws from the posterior.
     samples (N, ..., l), mean and log_std (..., l) -> loss, fidelity, diversity: scalars, with
     loss = 2 · fidelity - diversity. A perfect head has fidelity = diversity, on average over texts.
+    (paper, section 3; released: `EnergyTransformer.energy_score`)
 
-    M = 1 would be unbiased, too; more targets lessen the noise. To save time, all positions share
-    M vectors of noise: on average the loss is the same.
+    The targets are draws and not the mean, because the decoder reads any likely draw as the same
+    chunk. A head that spreads like the posterior is perfect; one that has to hit the mean would
+    spend its effort on differences that no decoder sees.
     """
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
-    shape = (n_targets, mean.shape[-1])  # (M, l)
-    noise = torch.randn(shape, device=mean.device, generator=generator)
-    # Centred, as in energy_score: y = mean + std * noise, less the mean.
-    x = (samples - mean).movedim(0, -2)  # (..., N, l)
-    y = log_std.exp().unsqueeze(-2) * noise  # (..., M, l)
-    fidelity, diversity = fidelity_and_diversity(x, y, alpha)
-    fidelity, diversity = fidelity.mean(), diversity.mean()
+    # M = 1 would be unbiased, too; more targets reduce the variance. All positions share M vectors
+    # of noise. That saves time, and changes nothing in the mean: each position has its own average.
+    positions = [1] * (mean.dim() - 1)
+    noise_shape = (n_targets, *positions, mean.shape[-1])  # (M, 1, …, 1, l)
+    noise = torch.randn(noise_shape, device=mean.device, generator=generator)
+    targets = mean + log_std.exp() * noise  # (M, ..., l)
+    fidelity, diversity = fidelity_and_diversity(samples, targets, alpha)  # (...) each
+    fidelity = fidelity.mean()
+    diversity = diversity.mean()
     return 2 * fidelity - diversity, fidelity, diversity
 
 
@@ -84,8 +117,11 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
 
 
 class HeadBlock(nn.Module):
-    """x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]): x (..., d) is what the
-    noise has become, c (..., d) what the hidden state says.  (released: `MLPBlock`)
+    """x + down(SiLU(gate) · up), where (gate, up) = MLP([LayerNorm(x), c]): x (..., d) is the noise
+    as refined so far; c (..., d) is the projected hidden state. (released: `MLPBlock`)
+
+    It is a SwiGLU whose gate and up come from a small network instead of one matrix each, so that
+    in every block noise and hidden state are mixed before they are multiplied.
     """
 
     def __init__(self, d):
@@ -116,16 +152,17 @@ class EnergyHead(nn.Module):
         self.blocks = nn.ModuleList(HeadBlock(d) for _ in range(n_blocks))
         self.final_norm = nn.LayerNorm(d, eps=NORM_EPS)
         self.final = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, latent_size))
-        # std 1/sqrt(fan-in): see `init_by_width` in autoencoder.py.
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                nn.init.zeros_(module.bias)
-        # As released, the last map starts at 0: all draws are 0. After a step, noise parts them.
+        self.apply(init_by_width)
+        # As released, the last map W starts at zero, so all first draws are z = W a = 0. What parts
+        # them? The input a of W depends on the noise and differs from draw to draw. The gradient of
+        # W does not vanish, because fidelity pulls all draws towards the data. After one step W is
+        # no longer zero, the draws W a differ, and diversity begins to push them apart.
         nn.init.zeros_(self.final[-1].weight)
 
     def forward(self, hidden, noise):
-        """hidden (..., d), noise (n, ..., noise_size) -> (n, ..., l). noise may lack n."""
+        """hidden (..., d), noise (n, ..., noise_size) -> (n, ..., l). The leading n of `noise` is
+        optional.
+        """
         x = self.noise_norm(self.noise_in(noise))  # (n, ..., d)
         c = self.hidden_norm(self.hidden_in(hidden))  # (..., d)
         c = c.expand_as(x)  # (n, ..., d): n draws share one hidden state

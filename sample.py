@@ -1,8 +1,13 @@
 """From a trained model to text: temperature without likelihoods.  (CALM paper, section 5)
 
-Dividing logits by T sharpens a softmax: P(x) becomes P(x)^(1/T) / Z. The chunks x of CALM have no
-logits, only draws. But counting is enough: n draws are all x with probability P(x)^n.
-Letters: those of autoencoder.py, N draws in a pool. In 1/T, T is the temperature.
+    a prompt --hidden_states--> h --draws of the next chunk, temperature--> a chunk --> text
+
+Most language models write better at a temperature T below 1: they then prefer what they find
+probable. Where there is a softmax, one divides its logits by T. CALM has draws only, so this file
+begins with two ways to get by with draws. Behind them come generation, tokenizers, checkpoints
+(train.py's, and the authors'), and the command.
+
+Letters: those of autoencoder.py, and N draws in a pool. In 1/T, T is the temperature.
 """
 
 import argparse
@@ -35,19 +40,31 @@ def check(holds, sentence):
 
 
 # ------ Temperature
+#
+# Temperature T turns a distribution P into P(x)^(1/T) / Z, where Z makes the sum 1. Here x is a
+# whole chunk. A model that draws token by token does something else at T: it sharpens the
+# distribution of each token, with a Z of its own, before it knows the next. Both prefer probable
+# texts, but the same T means different things, so do not compare them at equal T.
+#
+# Counting replaces the power: n independent draws are all equal to x with probability P(x)^n.
 
 
 def inverse_temperature(temperature):
     """1/T = n + a as (n, a): a whole number and a fraction 0 <= a < 1."""
     check(1e-6 <= temperature <= 1, f"the temperature must be above 0, at most 1: {temperature}")
-    n = math.floor(1 / temperature + 0.004)  # 0.3334 means 1/3
+    # Nobody can type 1/3. So a fraction below 0.004 counts as 0, and 0.3334 means 1/3.
+    n = math.floor(1 / temperature + 0.004)
     a = 1 / temperature - n
-    return n, (a if a > 0.004 else 0.0)
+    if a < 0.004:
+        a = 0.0
+    return n, a
 
 
 def uniform(generator):
     """A random number in [0, 1), a float, from a generator or else from torch's own on the CPU."""
-    device = "cpu" if generator is None else generator.device
+    device = "cpu"
+    if generator is not None:
+        device = generator.device
     return torch.rand((), generator=generator, device=device).item()
 
 
@@ -61,13 +78,21 @@ def one_by_one(draw, max_draws, block=256):
 
 
 def bernoulli_factory(draws, x, a, generator=None):
-    """True with probability P(x)^a, 0 < a < 1. draws: an iterator over draws of P; x (K,).
+    """True with probability P(x)^a, 0 < a < 1, although P(x) is not known: it is made of draws.
+    draws: an iterator over independent draws of P; x (K,) int.  (paper, section 5)
 
-    Trial i makes a draw. If it is x, accept; if not, give up with probability a/i. With q = 1 -
-    P(x), trials 1, 2, 3, … take place with probabilities  1, q (1 - a), q^2 (1 - a) (1 - a/2), …
-    By Newton's binomial series their sum, the mean number of trials, is (1 - q)^(a-1) = P(x)^(a-1).
-    Every trial that takes place accepts with probability P(x), and at most one trial can accept, so
-    the probabilities add: P(accept) = P(x) · P(x)^(a-1) = P(x)^a.
+    Trial i = 1, 2, … looks at the next draw. If it is x, accept. If not, give up with probability
+    a/i, and go on to the next trial otherwise.
+
+    Let p = P(x) and q = 1 - p. Trial 1 always takes place. Trial 2 does if trial 1 missed and did
+    not give up, with probability q (1 - a), trial 3 with q^2 (1 - a) (1 - a/2), and so on. Each
+    accepts with probability p, and at most one can, so the probabilities add:
+
+        P(accept) = p · [1 + q (1 - a) + q^2 (1 - a) (1 - a/2) + q^3 (1 - a) (1 - a/2) (1 - a/3) …]
+
+    The bracket is Newton's binomial series of (1 - q)^(a-1) = p^(a-1). So P(accept) = p^a.
+    A case to check by hand is a = 1/2, p = 1/4, q = 3/4. The bracket is 1 + q/2 + 3 q^2/8 + 5
+    q^3/16 + … = 1 + 0.38 + 0.21 + 0.13 + …, which tends to 2. P(accept) = 1/4 · 2 = (1/4)^(1/2).
     """
     for i in itertools.count(1):
         if torch.equal(next(draws), x):
@@ -83,6 +108,8 @@ def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=N
 
     With 1/T = n + a, an attempt makes n draws. They are all x with probability P(x)^n; a Bernoulli
     factory then accepts x with probability P(x)^a. Otherwise the attempt fails and we start again.
+    So an attempt gives x with probability P(x)^n · P(x)^a = P(x)^(1/T), and starting again divides
+    by the sum of these, which is Z.
     """
     n, a = inverse_temperature(temperature)
     draws = one_by_one(draw, max_draws)
@@ -98,23 +125,31 @@ def temperature_sample_batch(pool, temperature, generator=None):
     """Chooses from N draws as if from P(x)^(1/T) / Z.  (paper, section 5: batch approximation)
     pool (..., N, K) int: N draws of a chunk -> (..., K), a choice from each pool.
 
-    For T = 1/n: of all sets of n draws that are equal, choose one. A value drawn c times has
-    C(c, n) such sets, about c^n / n!. If no value was drawn n times, the greatest c takes the place
-    of 1/T. For other T, Γ(k + 1) = k! extends C(c, 1/T), for c >= n. Biased for a finite N.
+    The exact method throws most draws away. This one asks of all sets of n draws, for T = 1/n,
+    which consist of equal draws, and chooses one such set. A value that was drawn c times has
+    C(c, n) sets. From the pool A A A B B C at T = 1/2, A has weight C(3, 2) = 3, B has C(2, 2) = 1
+    and C has none: A is chosen with probability 3/4. As N grows, C(c, n) approaches c^n / n!, and
+    the choice P(x)^n / Z. For a finite N it is biased: what was drawn fewer than n times has no
+    chance.
+
+    If no value was drawn n times, we lower n to the greatest count. For other T, the gamma function
+    extends C(c, 1/T) to any 1/T: Γ(k + 1) = k! for whole k.
     """
     n, a = inverse_temperature(temperature)
     chosen = []
     for draws in pool.reshape(-1, *pool.shape[-2:]).cpu():  # (N, K)
         values, counts = torch.unique(draws, dim=0, return_counts=True)  # (U, K), (U,)
-        least, power = n, n + a
+        least = n
+        power = n + a  # 1/T
         if counts.max() < n:
             least = power = counts.max().item()
         enough = counts >= least
-        values, c = values[enough], counts[enough].double()
+        values = values[enough]
+        c = counts[enough].double()
         # log C(c, power) = log Γ(c + 1) - log Γ(c - power + 1), less a constant.
         log_weights = torch.lgamma(c + 1) - torch.lgamma(c - power + 1)
         weights = log_weights.softmax(0)
-        # A draw from the weights: the first value at which their sum reaches u.
+        # A draw from the weights: the first value at which their running sum reaches u.
         u = uniform(generator)
         chosen.append(values[(weights.cumsum(0) < u).sum()])
     return torch.stack(chosen).view(*pool.shape[:-2], -1).to(pool.device)
@@ -141,25 +176,30 @@ def next_chunk(model, hidden, temperature, pool, generator):
 
 @torch.no_grad()
 def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None):
-    """Continues each prompt: (B, T) int, T >= K -> (B, T + n_tokens) int. `pool`: draws for the
-    batch method; None: the exact method.
+    """Continues each prompt: (B, T) int, T >= K -> (B, T + n_tokens) int. `pool` is the number of
+    draws for the batch method; with None, the exact method is used.
 
-    Whole chunks are read: the first T mod K tokens are not. (In training, chunks begin anywhere.)
+    The model reads whole chunks. If T is no multiple of K, the first T mod K tokens stay unread: it
+    is better to miss the oldest tokens than the newest. (In training, chunks begin anywhere.)
     """
     K, T = model.config.chunk_size, prompt.shape[1]
     check(T >= K, f"a prompt must have at least {K} tokens, one chunk")
-    longest = model.config.context // K - 1  # chunks of history, as in training
+    # In training the longest history was a context less the chunk that is predicted.
+    longest = model.config.context // K - 1
     unread = prompt[:, T % K :][:, -longest * K :]
-    text, cache = prompt, KVCache()
+    text = prompt
+    cache = KVCache()
     while text.shape[1] < T + n_tokens:
         # Read what is new, and draw the next chunk.
         hidden = model.hidden_states(unread, cache)[:, -1]  # (B, d)
         chunk = next_chunk(model, hidden, temperature, pool, generator)  # (B, K)
-        # Append and continue.
         text = torch.cat([text, chunk], dim=1)
         unread = chunk
-        if cache.length == longest:  # full: read the newer half again, from position 0
-            unread, cache = text[:, -max(1, longest // 2) * K :], KVCache()
+        if cache.length == longest:
+            # Positions beyond these were never trained. We read the newer half of the history
+            # again, from position 0, which leaves room for as many new chunks.
+            unread = text[:, -max(1, longest // 2) * K :]
+            cache = KVCache()
     return text[:, : T + n_tokens]
 
 
@@ -180,6 +220,15 @@ def read_text(path):
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text in UTF-8") from None
+
+
+def read_json(path):
+    """What a JSON file holds."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise UserError(f"{path} is not JSON: it is damaged, or no file of this kind") from None
 
 
 def read_ranks(path):
@@ -238,6 +287,8 @@ def load_checkpoint(out_dir, kind):
     check(path.exists(), f"there is no {path}: train it, or name its --out_dir")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:  # the disk's fault, not the file's
+        raise
     except Exception:  # whatever damage makes torch raise
         raise UserError(f"{path} is damaged: delete it and train it again") from None
 
@@ -338,7 +389,7 @@ RELEASED_NAMES = {
 def released_config(folder, kind):
     """The config in a folder's config.json: `kind` is AutoencoderConfig or CALMConfig."""
     path = Path(folder, "config.json")
-    released = json.loads(read_text(path))
+    released = read_json(path)
     # As many keys and values as queries: attention is not grouped here.
     fixed = FIXED | {"num_key_value_heads": released.get("num_attention_heads")}
     for name, value in fixed.items():
@@ -482,9 +533,12 @@ def main():
     add("--device", default="auto", help="cpu, cuda or mps (the best there is)")
     add("--seed", type=int, default=0, help="change it for a different text")
     args = parser.parse_args()
+    check(0 <= args.seed < 2**63, "--seed must be 0 or more, and below 2^63")
     torch.manual_seed(args.seed)
-    for name in ("n_tokens", "n_samples", "pool", "temperature"):
+    for name in ("n_tokens", "n_samples", "pool"):
         check(getattr(args, name) > 0, f"--{name} must be above 0")
+    check(args.temperature >= 1e-6, "--temperature must be above 0")
+    check(args.pretrained or not args.autoencoder, "--autoencoder needs --pretrained")
     if args.pretrained:
         autoencoder = None
         if args.autoencoder:

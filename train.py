@@ -1,4 +1,12 @@
-"""`python train.py`: text -> tokens -> autoencoder -> CALM -> score, sample.txt, curves.png"""
+"""`python train.py`: text -> tokens -> autoencoder -> CALM -> score, sample.txt, curves.png
+
+Two models are trained, one after the other, by the same loop: `train`. First the autoencoder learns
+to code chunks. Then it is frozen, and CALM learns to predict its vectors. (--stage baseline trains
+the discrete Transformer instead.) Above the loop stand settings, text and optimisers; below it
+stands what a run writes.
+
+Letters: those of autoencoder.py.
+"""
 
 import argparse
 import contextlib
@@ -31,10 +39,13 @@ from sample import check
 
 PRESETS = ("quick", "gpu", "calm_m")  # minutes on two cores; hours on a GPU; published sizes
 SETTINGS = {
-    # flag: (quick, gpu, calm_m, help)
+    # flag         (quick, gpu, calm_m, what -h says)
     "tokenizer": ("bytes", "bytes", "gpt2", "bytes, a name of tiktoken's, or a file of ranks"),
     "chunk_size": (4, 4, 4, "K, tokens in a chunk"),
     "latent_size": (32, 128, 128, "l, size of z; the autoencoder is 4 l wide"),
+    "dropout": (0.15, 0.15, 0.15, "of input tokens and of z, in the autoencoder"),
+    "kl_weight": (1e-3, 1e-3, 1e-3, "beta, weight of the KL divergence in its loss"),
+    "kl_floor": (0.5, 0.5, 0.5, "lambda, what a coordinate's KL divergence counts at least"),
     "hidden_size": (128, 768, 1024, "d, width of the Transformer and of the head"),
     "n_layers": (4, 12, 16, "layers; the head has a quarter as many blocks"),
     "n_heads": (4, 12, 16, "attention heads"),
@@ -51,9 +62,15 @@ SETTINGS = {
     "lr": (4e-3, 3e-4, 3e-4, "highest learning rate: small models need more"),
     "eval_interval": (400, 1000, 500, "steps between two scores, with a checkpoint"),
 }
-BETAS, GRADIENT_CLIP, WEIGHT_DECAY = (0.9, 0.95), 1.0, 0.1  # as published
-HELD_OUT, STRIDE = 1024, 16  # sequences for the last score; earlier ones take every 16th
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+BETAS = (0.9, 0.95)  # of AdamW; these three as published
+WEIGHT_DECAY = 0.1
+GRADIENT_CLIP = 1.0
+HELD_OUT = 1024  # sequences for the last score
+STRIDE = 16  # the scores before it take every 16th of them
+# torchrun starts this program several times, once for each GPU, and numbers the processes. Each
+# trains on its share of a batch. Process 0 alone writes, scores and prints.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def parse_settings():
@@ -62,11 +79,12 @@ def parse_settings():
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="quick", help="defaults (quick)")
     add("--stage", choices=("all", "autoencoder", "calm", "baseline"), default="all")
-    add("--data", default="shakespeare", help="a text, a folder of .txt, or one of prepare.py's")
+    add("--data", help="a text, a folder of .txt, or one of prepare.py's (shakespeare)")
     add("--out_dir", help="where all that a run writes goes (out/PRESET)")
+    add("--autoencoder", metavar="DIR", help="train CALM on the autoencoder of another run")
     add("--resume", action="store_true", help="go on with the run in --out_dir")
     add("--seed", type=int, default=0, help="of all that is random (0)")
-    add("--device", default="auto", help="cpu, cuda or mps (the best there is)")
+    add("--device", help="cpu, cuda or mps (the best there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (device's best)")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile (on CUDA with Triton)")
     for name, (*values, text) in SETTINGS.items():
@@ -79,12 +97,17 @@ def parse_settings():
     for name, (*values, _) in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[PRESETS.index(args.preset)])
-        check(isinstance(values[0], str) or getattr(args, name) > 0, f"--{name} must be above 0")
+        value = getattr(args, name)
+        if name in ("dropout", "kl_weight", "kl_floor"):
+            check(0 <= value < math.inf, f"--{name} must be at least 0")
+        else:
+            check(isinstance(value, str) or value > 0, f"--{name} must be above 0")
     check(args.optimizer in ("muon", "adamw"), "--optimizer is muon or adamw")
-    check(args.seed >= 0, "--seed must be 0 or more")
+    check(0 <= args.seed < 2**63, "--seed must be 0 or more, and below 2^63")
+    args.data = args.data or "shakespeare"
 
     # What no flag and no checkpoint says, the device does.
-    args.device = sample.pick_device(args.device)
+    args.device = sample.pick_device(args.device or "auto")
     on_cuda = args.device == "cuda"
     if args.dtype is None:
         args.dtype = "float32"
@@ -97,38 +120,67 @@ def parse_settings():
 
 
 def restore_settings(args):
-    """The settings of the newest checkpoint in --out_dir take the place of the flags, but for
-    --device: a run may go on elsewhere, and then in the precision that suits that device.
+    """With --resume, the settings in the newest checkpoint of --out_dir replace those of the flags,
+    so that nobody has to type them again, or types others. Flags that belong to a machine count if
+    they are given: a run may go on elsewhere, and then in the precision that suits that device.
     """
-    pattern = "*.pt"
+    kinds = ["autoencoder", "calm", "baseline"]
     if args.stage != "all":
-        pattern = f"{args.stage}.pt"
-    found = sorted(Path(args.out_dir).glob(pattern), key=os.path.getmtime)
+        kinds = [args.stage]
+    paths = [Path(args.out_dir, f"{kind}.pt") for kind in kinds]
+    found = sorted([path for path in paths if path.exists()], key=os.path.getmtime)
     check(found, f"{args.out_dir} holds no run: leave out --resume")
     saved = sample.load_checkpoint(args.out_dir, found[-1].stem)["settings"]
-    device = args.device
-    vars(args).update(saved | {"out_dir": args.out_dir, "resume": True})
-    if device not in ("auto", args.device):
-        args.device = device
-        args.dtype = None
-        args.compile = None
+    given = {"out_dir": args.out_dir, "resume": True}
+    for name in ("data", "device", "dtype", "compile"):
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+    if given.get("device", saved["device"]) != saved["device"]:
+        saved |= {"dtype": None, "compile": None}
+    vars(args).update(saved | given)
 
 
 def model_configs(args, vocab_size):
-    """The configs of all models, a dict of dicts."""
+    """The configs of all models, a dict of dicts: a checkpoint holds them, too."""
     K, l, d, context = args.chunk_size, args.latent_size, args.hidden_size, args.context
+    # A sequence is whole chunks. 4 tokens behind the first are needed for a score; rotary position
+    # embedding needs heads of even size.
     fits = context % K == 0 and context >= K + 4
     check(fits, f"--context {context} must be a multiple of --chunk_size {K}, at least {K + 4}")
     check(args.n_samples > 1 and args.alpha < 2, "--n_samples must be 2 or more, --alpha below 2")
+    check(args.dropout < 1, "--dropout must be below 1")
     check(d % (2 * args.n_heads) == 0, f"--hidden_size {d} must be a multiple of 2 · --n_heads")
-    inner = math.ceil(d * 8 / 3 / 64) * 64  # as in LLaMA: 1024 gives 2752
-    sizes = (d, inner, args.n_layers, args.n_heads)
-    autoencoder = AutoencoderConfig(vocab_size, K, l, hidden_size=4 * l, intermediate_size=10 * l)
-    calm = CALMConfig(vocab_size, K, l, *sizes, n_head_blocks=max(1, args.n_layers // 4),
-                      n_samples=args.n_samples, n_targets=args.n_targets, alpha=args.alpha,
-                      context=context)
-    baseline = TransformerConfig(vocab_size, *sizes, context=context)
-    return {"autoencoder": vars(autoencoder), "calm": vars(calm), "baseline": vars(baseline)}
+    # SwiGLU has three matrices where a plain MLP has two of width 4 d. With 8/3 d it has as many
+    # weights. LLaMA rounds that up to a multiple of 64: 1024 gives 2752.
+    inner = math.ceil(d * 8 / 3 / 64) * 64
+    autoencoder = AutoencoderConfig(
+        vocab_size=vocab_size,
+        chunk_size=K,
+        latent_size=l,
+        hidden_size=4 * l,
+        intermediate_size=10 * l,
+        dropout=args.dropout,
+        kl_floor=args.kl_floor,
+        kl_weight=args.kl_weight,
+    )
+    backbone = TransformerConfig(
+        vocab_size=vocab_size,
+        hidden_size=d,
+        intermediate_size=inner,
+        n_layers=args.n_layers,
+        n_heads=args.n_heads,
+        context=context,
+    )
+    calm = CALMConfig(
+        **vars(backbone),
+        chunk_size=K,
+        latent_size=l,
+        n_head_blocks=max(1, args.n_layers // 4),
+        n_samples=args.n_samples,
+        n_targets=args.n_targets,
+        alpha=args.alpha,
+    )
+    return {"autoencoder": vars(autoencoder), "calm": vars(calm), "baseline": vars(backbone)}
 
 
 # ------ Files
@@ -136,13 +188,15 @@ def model_configs(args, vocab_size):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A file to write bytes to. It takes its name when it is complete: nobody sees half of it."""
+    """`with whole_file(path) as file:` writes beside the path, and gives the file its name when it
+    is complete. So nobody ever finds half a file there, whatever stops the program.
+    """
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
             yield file
         os.replace(part, path)
-    except OSError as error:  # a full disk, say
+    except (OSError, RuntimeError) as error:  # a full disk, say; torch's error is the second
         raise sample.UserError(f"cannot write {path}: {error}") from None
     finally:
         part.unlink(missing_ok=True)
@@ -177,8 +231,18 @@ def shakespeare():
     return plays
 
 
+def check_same_text(args, digest, begun):
+    """The models of a folder, and the parts of a run that was stopped, have read the same tokens."""
+    same = begun in (None, digest)
+    check(same, f"the text {args.data} or its tokenizer has changed since this run began")
+
+
 def write_tokens(args, folder):
-    """The text of --data as train.bin, validation.bin (the last tenth), data.json."""
+    """The text of --data as train.bin, validation.bin (the last tenth) and data.json, which says
+    what they are. This is done at each start, since it takes seconds: the tokens then are those of
+    the text as it is now, whatever an earlier or broken run has left. (For a large text there is
+    classroom/prepare.py.)
+    """
     source = Path(args.data)
     if args.data == "shakespeare":
         documents = shakespeare()
@@ -193,11 +257,15 @@ def write_tokens(args, folder):
     text = "".join(document + sample.END_OF_TEXT for document in documents)
     encoding = sample.load_tokenizer(args.tokenizer)
     tokens = np.array(encoding.encode(text, allowed_special="all"), np.int32)
+    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    if any(folder.glob("*.pt")) and (folder / "data.json").exists():
+        check_same_text(args, digest, sample.read_json(folder / "data.json")["sha256"])
+    check_same_text(args, digest, args.sha256)
     cut = len(tokens) * 9 // 10
     write(folder / "train.bin", tokens[:cut].tobytes())
     write(folder / "validation.bin", tokens[cut:].tobytes())
     about = {"source": args.data, "characters": len(text), "tokens": len(tokens)}
-    about["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    about["sha256"] = digest
     write(folder / "data.json", json.dumps(about).encode())
 
 
@@ -215,21 +283,21 @@ def load_tokens(args):
             write_tokens(args, folder)
         if WORLD > 1:
             dist.barrier()
-    about = json.loads(sample.read_text(folder / "data.json"))
+    about = sample.read_json(folder / "data.json")
     files = folder / "train.bin", folder / "validation.bin"
     sizes = [file.stat().st_size for file in files]
     check(about.get("bytes", sizes) == sizes, f"{folder} is damaged: run prepare.py again")
     check(min(sizes) >= 4 * args.context, f"{args.data} is too short for --context {args.context}")
-    # With --resume, the checkpoint has the digest of the tokens with which the run began.
-    same = args.sha256 in (None, about["sha256"])
-    check(same, f"the text {args.data} or its tokenizer has changed since this run began")
+    check_same_text(args, about["sha256"], args.sha256)
     args.sha256 = about["sha256"]
     train, validation = [np.memmap(file, np.int32, mode="r") for file in files]
     return Data(train, validation, sample.load_tokenizer(args.tokenizer), about)
 
 
 def random_windows(tokens, n, length):
-    """n pieces of tokens (T,) that begin anywhere: an (n, length) int64 tensor."""
+    """n pieces of tokens (T,) that begin anywhere: an (n, length) int64 tensor. They begin inside
+    chunks, too, so that the model sees the text cut into chunks in all K ways.
+    """
     starts = torch.randint(len(tokens) - length + 1, (n,)).tolist()
     return torch.from_numpy(np.stack([tokens[i : i + length] for i in starts]).astype(np.int64))
 
@@ -243,7 +311,7 @@ class Muon(torch.optim.Optimizer):
     of AdamW.  (https://kellerjordan.github.io/posts/muon)
 
     `torch.optim.Muon` is the same, but always in bfloat16. Most CPUs have no such products: there,
-    it would take longer than all the rest of a small model's step. So this one has a `dtype`.
+    it takes longer than all the rest of a small model's step. So this one has a `dtype`.
     """
 
     def __init__(self, matrices, dtype):
@@ -256,31 +324,31 @@ class Muon(torch.optim.Optimizer):
         for weight in group["params"]:
             # Momentum: a mean of the gradients so far, to which the newest is added once more.
             state = self.state[weight]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(weight)
-            momentum = state["momentum"].lerp_(weight.grad, 0.05)
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            momentum = state["momentum_buffer"].lerp_(weight.grad, 0.05)
             direction = weight.grad.lerp(momentum, 0.95)
-            # The update, as large as 0.2 for each weight, which is usual with AdamW.
+            # Each weight moves by about 0.2 times the rate, which is usual with AdamW.
             size = 0.2 * max(weight.shape) ** 0.5
-            update = size * orthogonalise(direction.to(self.dtype)).to(weight.dtype)
+            update = size * orthogonalise(direction, self.dtype)
             weight.mul_(1 - group["lr"] * WEIGHT_DECAY)
             weight.sub_(group["lr"] * update)
 
 
-def orthogonalise(G):
-    """U V^T, nearly, for a matrix G = U S V^T: its singular values become 0.7 … 1.2. The polynomial
-    s -> a s + b s^3 + c s^5, five times, pushes any s in (0, 1] there: it needs products only.
+def orthogonalise(G, dtype):
+    """U V^T, nearly, for a matrix G = U S V^T, with products in `dtype`: (rows, columns) -> like G.
+
+    The polynomial s -> a s + b s^3 + c s^5, applied five times, brings a singular value s between
+    0.002 and 1 to between 0.7 and 1.2. On matrices it needs products only, and no decomposition.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X = G / G.norm().clamp_min(1e-7)  # now 0 <= s <= 1
     if G.shape[0] > G.shape[1]:
-        X = X.T  # the smaller one of X X^T and X^T X costs less
+        return orthogonalise(G.T, dtype).T  # X X^T is then the smaller one of X X^T and X^T X
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = (G / G.norm().clamp_min(1e-7)).to(dtype)  # now no singular value is above 1
     for _ in range(5):
         A = X @ X.T
         X = a * X + (b * A + c * A @ A) @ X
-    if G.shape[0] > G.shape[1]:
-        X = X.T
-    return X
+    return X.to(G.dtype)
 
 
 def make_optimisers(model, args):
@@ -306,9 +374,10 @@ def clip_and_step(optimisers, scaler):
         scaler.unscale_(optimiser)
     weights = [p for optimiser in optimisers for p in optimiser.param_groups[0]["params"]]
     norm = torch.nn.utils.clip_grad_norm_(weights, GRADIENT_CLIP)
-    # In float16 a gradient overflows now and then. Clipping divides by its norm, inf or nan: that
-    # spoils the gradients of both optimisers. So neither may step; the scaler then scales less.
-    if norm.isfinite():
+    # In float16 a gradient overflows now and then. Clipping divides by its norm, inf or nan, which
+    # spoils the gradients of both optimisers. So neither may step, and the scaler scales less. (In
+    # other precisions it means that training has failed: the next score will say so.)
+    if not scaler.is_enabled() or norm.isfinite():
         for optimiser in optimisers:
             scaler.step(optimiser)
     scaler.update()
@@ -320,14 +389,19 @@ def clip_and_step(optimisers, scaler):
 
 
 def learning_rate(step, steps, highest):
-    """Rises for 5 % of the steps (at most 2 000), then falls along half a cosine."""
+    """Rises for 5 % of the steps (at most 2 000), then falls along half a cosine, to 0. The first
+    gradients are large and misleading, so the first steps are small. Small steps at the end average
+    out the noise of single batches.
+    """
     warm_up = min(2000, max(1, steps // 20))
     progress = max(0, step - warm_up) / max(1, steps - warm_up)
     return highest * min(step / warm_up, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def seed_step(seed, step, rank=0):
-    """A seed for each step: a resumed run draws what it would have drawn."""
+    """Seeds all that is random in a step. So a resumed run draws what it would have drawn without
+    the stop, and no state of a generator has to be saved. SeedSequence makes one number of three.
+    """
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
 
 
@@ -343,8 +417,9 @@ def set_precision():
 @torch.no_grad()
 def evaluate(model, held_out, batch_size, precision):
     """Loss, metrics and Brier scores on held-out sequences (n, T): a dict of numbers."""
-    seed_step(0, 0)  # the same noise for each score
-    # No more tokens at a time than 8 192: a score must not need more memory than training.
+    seed_step(0, 0)  # the same noise for every score, so that the model alone makes a difference
+    # At most 8 192 tokens at a time: with a large vocabulary their logits are what takes memory,
+    # and a score should not need more than training does.
     batch_size = min(batch_size, max(1, 8192 // held_out.shape[1]))
     scores = {}
     with precision:
@@ -361,23 +436,30 @@ def evaluate(model, held_out, batch_size, precision):
 
 def train(kind, model, args, configs, data):
     """Trains a model and leaves {kind}.pt in --out_dir. Returns the log, a dict for each score."""
-    steps = args.autoencoder_steps if kind == "autoencoder" else args.steps
+    steps = args.steps
+    if kind == "autoencoder":
+        steps = args.autoencoder_steps
     n_parts = max(1, args.gradient_accumulation_steps // WORLD)
     check(args.batch_size % (WORLD * n_parts) == 0, "--batch_size is no multiple of its parts")
     n = min(len(data.validation) // args.context, HELD_OUT) * args.context
     held_out = torch.tensor(data.validation[:n], device=args.device).long().view(-1, args.context)
 
+    set_precision()
     model.to(args.device).train()
     optimisers = make_optimisers(model, args)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Matrix products in --dtype. Small float16 gradients would be 0: the scaler enlarges them.
-    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
+    # Autocast makes matrix products in --dtype, and keeps weights and sums in float32. float16 has
+    # a narrow range, in which small gradients would become 0: the scaler multiplies the loss by a
+    # large number first, and `clip_and_step` divides the gradients by it.
     mixed = args.dtype != "float32"
     precision = torch.autocast(args.device, getattr(torch, args.dtype), enabled=mixed)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
 
     # Begin, or go on where the checkpoint is.
     path = Path(args.out_dir, f"{kind}.pt")
-    done, seconds, log = 0, 0.0, []
+    done = 0  # steps
+    seconds = 0.0
+    log = []
     if args.resume and path.exists():
         saved = sample.load_checkpoint(args.out_dir, kind)
         model.load_state_dict(saved["weights"])
@@ -385,8 +467,12 @@ def train(kind, model, args, configs, data):
             optimiser.load_state_dict(state)
         if saved["scaler"]:  # empty, if the run began in another precision
             scaler.load_state_dict(saved["scaler"])
-        done, seconds, log = saved["step"], saved["seconds"], saved["log"]
+        done = saved["step"]
+        seconds = saved["seconds"]
+        log = saved["log"]
 
+    # `forward` computes what the model computes: compiled, the operations are joined into fewer and
+    # faster ones; distributed, its backward pass also averages the gradients over the processes.
     forward = model
     if args.compile:
         forward = torch.compile(model)
@@ -398,58 +484,75 @@ def train(kind, model, args, configs, data):
         for optimiser in optimisers:
             optimiser.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
 
-        # A batch. Process RANK of WORLD takes its share, and has noise of its own.
+        # All processes draw the same batch, and each takes every WORLD-th sequence of it. What they
+        # draw afterwards, the noise of the head say, has to differ: so they get seeds of their own.
         seed_step(args.seed, step)
         batch = random_windows(data.train, args.batch_size, args.context)  # (B, T)
         batch = batch[RANK::WORLD].to(args.device)
         seed_step(args.seed, step, RANK + 1)
 
-        # Forward and backward, part by part: the gradients add up.
+        # Forward and backward, part by part. `backward` adds to the gradients that are there, so
+        # after the last part they are those of the whole batch, in the memory of one part.
         for i, part in enumerate(batch.chunk(n_parts)):
-            if WORLD > 1:  # exchange gradients once a step, with the last part
+            if WORLD > 1:  # the processes exchange gradients once a step, with the last part
                 forward.require_backward_grad_sync = i == n_parts - 1
             with precision:
                 loss, _ = forward(part)
             scaler.scale(loss / n_parts).backward()
         clip_and_step(optimisers, scaler)
 
-        # The clock counts training alone: not the first step, which may compile, nor scores.
+        # Python has only queued all this: a GPU still works on it. Unless there is something to
+        # report, we go on and queue the next step, so that the GPU never has to wait for Python.
+        # The first step may have compiled for minutes, so the clock starts behind it.
         if step == done + 1:
             since = time.monotonic()
         evaluating = step % args.eval_interval == 0 or step == steps
         if RANK > 0 or not (evaluating or time.monotonic() - since > 10):
             continue
 
-        # Every 10 seconds, a line with the last part's loss. To read it, Python waits for a GPU.
+        # Every 10 seconds, a line with the loss of the last part. `item` waits for the GPU.
         loss = loss.item()
         seconds += time.monotonic() - since
         tokens = step * args.batch_size * args.context
         print(f"{kind} {step}/{steps}: loss {loss:.3f}, {tokens / (seconds + 1e-9):,.0f} tokens/s, "
               f"{seconds / step * (steps - step) / 60:.1f} minutes left", flush=True)
 
-        # Now and then, a score on held-out text, and a checkpoint.
+        # Now and then, a score on held-out text, and a checkpoint: all that a resumed run needs.
         if evaluating:
-            some = held_out if step == steps else held_out[::STRIDE]
+            some = held_out[::STRIDE]
+            if step == steps:
+                some = held_out
             scores = evaluate(model.eval(), some, len(part), precision)
             model.train()
             brief = {name: round(x, 3) for name, x in scores.items() if isinstance(x, float)}
             print(f"    held out: {brief}", flush=True)
-            row = {"stage": kind, "step": step, "tokens": tokens, "seconds": seconds}
-            log.append(row | {"loss": loss} | scores | {"parameters": n_parameters})
-            state = {"configs": configs, "settings": vars(args), "log": log, "step": step,
-                     "seconds": seconds, "tokenizer": sample.encoding_parts(data.encoding),
-                     "weights": model.state_dict(), "scaler": scaler.state_dict(),
-                     "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
+            row = {"stage": kind, "step": step, "tokens": tokens, "seconds": seconds, "loss": loss}
+            log.append(row | scores | {"parameters": n_parameters})
+            state = {
+                "configs": configs,
+                "settings": vars(args),
+                "tokenizer": sample.encoding_parts(data.encoding),
+                "step": step,
+                "seconds": seconds,
+                "log": log,
+                "weights": model.state_dict(),
+                "optimisers": [optimiser.state_dict() for optimiser in optimisers],
+                "scaler": scaler.state_dict(),
+            }
             with whole_file(path) as file:
                 torch.save(state, file)
-        since = time.monotonic()
+        since = time.monotonic()  # the clock stood still meanwhile
     return log
+
+
+# ------ What a run leaves behind
 
 
 def draw_curves(path, log):
     """The Brier scores of a log."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes, tokens = figure.subplots(), [row["tokens"] / 1e6 for row in log]
+    axes = figure.subplots()
+    tokens = [row["tokens"] / 1e6 for row in log]
     for n, style in enumerate(("-", "--", "-.", ":")):
         axes.plot(tokens, [100 * row["brier"][n] for row in log], style, label=f"Brier-{n + 1}")
     axes.plot(tokens, [row["brier_lm"] for row in log], "ko-", label="BrierLM")
@@ -461,41 +564,57 @@ def draw_curves(path, log):
 
 def main():
     args = parse_settings()
-    kinds = ["autoencoder", "calm"] if args.stage == "all" else [args.stage]
+    kinds = [args.stage]
+    if args.stage == "all":
+        kinds = ["autoencoder", "calm"]
+    if args.autoencoder:
+        kinds = ["calm"]
     prefix = "baseline_" if args.stage == "baseline" else ""
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    if RANK == 0 and not args.resume:
-        for kind in kinds:  # what took hours to train is not overwritten
+    if not args.resume:
+        # What took hours to train is not overwritten. Nor is an autoencoder trained beside a CALM
+        # that has learnt the vectors of another.
+        found = list(kinds)
+        if args.stage == "autoencoder":
+            found.append("calm")
+        for kind in found:
             there = (out_dir / f"{kind}.pt").exists()
             check(not there, f"{out_dir} holds a trained {kind}.pt: go on with it (--resume), name "
                   "another --out_dir, or delete the folder")  # fmt: skip
-        for name in ("log.jsonl", "summary.json", "sample.txt", "curves.png"):
-            (out_dir / f"{prefix}{name}").unlink(missing_ok=True)  # of models that are gone
     if WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # The others wait while the first process scores, longer than torch's 10 minutes.
         dist.init_process_group(timeout=timedelta(hours=12))
-    set_precision()
     how = "compiled" if args.compile else "not compiled"
     if RANK == 0:
         print(f"on {args.device} in {args.dtype}, {how}, {torch.get_num_threads()} threads")
     data = load_tokens(args)
     configs = model_configs(args, data.encoding.n_vocab)
+    if RANK == 0 and not args.resume:
+        for name in ("log.jsonl", "summary.json", "sample.txt", "curves.png"):
+            (out_dir / f"{prefix}{name}").unlink(missing_ok=True)  # of models that are gone
 
     for kind in kinds:
         log = []
+        if kind == "calm":  # the autoencoder may be that of another run, and so may its settings
+            folder = args.autoencoder or args.out_dir
+            saved = sample.load_checkpoint(folder, "autoencoder")
+            whole = saved["step"] == saved["settings"]["autoencoder_steps"]
+            check(whole, f"{folder}/autoencoder.pt is not trained to its end: --resume it first")
+            theirs = saved["configs"]["autoencoder"]
+            for name in ("vocab_size", "chunk_size", "latent_size"):
+                same = theirs[name] == configs["autoencoder"][name]
+                check(same, f"{folder}/autoencoder.pt has a {name} of {theirs[name]}")
+            same = saved["tokenizer"] == sample.encoding_parts(data.encoding)
+            check(same, f"{folder}/autoencoder.pt was trained with another tokenizer")
+            configs["autoencoder"] = theirs
+            log = saved["log"]  # its rows
         seed_step(args.seed, 0)
         model = sample.build_model(kind, configs)
         if kind == "calm":
-            saved = sample.load_checkpoint(out_dir, "autoencoder")
-            same = saved["configs"]["autoencoder"] == configs["autoencoder"]
-            check(same, f"the sizes in {out_dir}/autoencoder.pt differ: chunk_size, tokenizer …")
-            same = saved["tokenizer"] == sample.encoding_parts(data.encoding)
-            check(same, f"{out_dir}/autoencoder.pt was trained with another tokenizer")
             model.autoencoder.load_state_dict(saved["weights"])
-            log = saved["log"]  # the autoencoder's rows, also with --stage calm
         log = log + train(kind, model, args, configs, data)
         if WORLD > 1:
             dist.barrier()  # the next stage reads what the first process writes

@@ -151,6 +151,7 @@ def main():
     autoencoder, _ = sample.load_model(folders.autoencoder, "autoencoder")
     saved = sample.load_checkpoint(folders.autoencoder, "autoencoder")
     changed = {"out_dir": folders.out_dir, "resume": False, "optimizer": "adamw", "lr": 3e-3}
+    changed |= {"device": sample.pick_device("auto"), "dtype": "float32", "compile": False}
     args, configs = argparse.Namespace(**saved["settings"] | changed), saved["configs"]
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)

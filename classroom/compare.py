@@ -65,7 +65,9 @@ def train(name, flags, folder):
     if begun and done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
     if asked.exists() and not begun:
-        shutil.rmtree(folder)  # a run of other flags, or one that did not get far
+        trained = any(folder.glob("*.pt"))
+        sample.check(not trained, f"{folder} has a model of other flags: name another --out_dir")
+        shutil.rmtree(folder)  # a run that did not get far
     folder.mkdir(parents=True, exist_ok=True)
     asked.write_text(" ".join(flags), encoding="utf-8")
     print(f"\n{name}: python train.py {' '.join(flags)}", flush=True)

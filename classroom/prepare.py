@@ -51,7 +51,7 @@ def read_documents(source):
                     yield from (d.decode() for d in documents if d.strip())
             if rest.strip():
                 yield rest.decode()
-        except (EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError):
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, UnicodeDecodeError):
             raise sample.UserError(f"{path} is damaged, or no text in UTF-8") from None
 
 

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from calm import TransformerConfig, TransformerLM, draw_continuations
+from autoencoder import Autoencoder, AutoencoderConfig
+from calm import CALM, CALMConfig, TransformerConfig, TransformerLM, draw_continuations
 from energy_head import energy_loss
 from sample import generate
 
@@ -62,6 +63,19 @@ def test_drawing_makes_no_tensor_elsewhere_and_reads_none(name, K):
     assert drawn.is_meta and drawn.shape == (3, 8, 2, 4) and target.shape == (8, 2, 4)
 
 
+def test_the_published_sizes_have_the_published_numbers_of_parameters():
+    """With Llama 3's 128 256 tokens, and one for padding: CALM-M 371 M (without its autoencoder, 75
+    M), Transformer-S 281 M. The paper's numbers are whole millions, and we allow 1 M.
+    """
+    with torch.device("meta"):
+        calm = CALM(CALMConfig(128_257), Autoencoder(AutoencoderConfig(128_257)))
+        transformer = TransformerLM(TransformerConfig(128_257))
+    millions = lambda parameters: sum(p.numel() for p in parameters) / 1e6
+    assert millions(p for p in calm.parameters() if p.requires_grad) == pytest.approx(371, abs=1)
+    assert millions(calm.autoencoder.parameters()) == pytest.approx(75, abs=1)
+    assert millions(transformer.parameters()) == pytest.approx(281, abs=1.1)
+
+
 @models
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_bfloat16_step_is_close_to_float32(name, device):
@@ -106,9 +120,11 @@ def optimised(model, optimizer, dtype):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("optimizer, dtype", [("muon", "bfloat16"), ("adamw", "float16")])
-def test_compiled_mixed_steps_are_close_to_plain_ones(device, optimizer, dtype):
+def test_compiled_mixed_steps_are_close_to_plain_ones(device, optimizer, dtype, monkeypatch):
     """H0: rounding alone. Three losses of CALM agree to 2 %."""
     plain, _ = optimised(tiny_calm().to(device).train(), optimizer, "float32")
+    if device == "cuda":  # the same noise, compiled or not
+        monkeypatch.setattr("torch._inductor.config.fallback_random", True)
     model = tiny_calm().to(device).train()
     model.compile(fullgraph=True, backend="inductor" if device == "cuda" else "eager")
     losses, _ = optimised(model, optimizer, dtype)
@@ -131,7 +147,8 @@ def test_muon_goes_on_from_its_saved_state(device):
     for optimiser, state in zip(again, torch.load(file, map_location="cpu", weights_only=True)):
         optimiser.load_state_dict(state)
     for state in again[0].state.values():
-        assert state["momentum"].device.type == device and state["momentum"].dtype == torch.float32
+        assert state["momentum_buffer"].device.type == device
+        assert state["momentum_buffer"].dtype == torch.float32
     scaler = torch.amp.GradScaler(device, enabled=False)
     for which, steppers in ((model, optimisers), (other, again)):
         torch.manual_seed(3)
@@ -169,12 +186,14 @@ def test_muon_orthogonalises_as_torch_does_and_in_any_precision():
         mine = train.Muon([ours], torch.float32)
         mine.param_groups[0]["lr"] = 0.02
         torchs = torch.optim.Muon([theirs], lr=0.02, adjust_lr_fn="match_rms_adamw")
-        for gradient in gradients:
+        for gradient in gradients / 1e4:  # small, as clipped gradients are
             for weight, optimiser in ((ours, mine), (theirs, torchs)):
                 weight.grad = gradient.clone()
                 optimiser.step()
         assert (ours - theirs).norm() < 0.02 * (theirs - W).norm()
-        assert torch.linalg.svdvals(train.orthogonalise(W)).sub(1).abs().max() < 0.4
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            values = torch.linalg.svdvals(train.orthogonalise(W / 1e4, dtype))
+            assert values.sub(1).abs().max() < 0.4
 
 
 def test_the_gradients_of_distances_are_float32_where_the_step_is_compiled(monkeypatch):

@@ -30,14 +30,17 @@ class Wrong:
 
     def answer_2_nothing_damaged(self, tokens):
         logits = self.decode(self.encode(tokens)[0])
+        right = (logits.argmax(-1) == tokens).float().mean()
         entropy = 4 * F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
         kl = kl_divergence(*self.encode(tokens), self.config.kl_floor).mean()
-        return entropy + 1e-3 * kl, {"reconstruction": entropy, "kl": kl, "accuracy": kl}
+        return entropy + 1e-3 * kl, {"reconstruction": entropy, "kl": kl, "accuracy": right}
 
-    def answer_3_each_sample_paired_with_itself(x, y, alpha):
+    def answer_3_each_sample_paired_with_itself(samples, targets, alpha):
+        x, y = samples.movedim(0, -2), targets.movedim(0, -2)
         return tuple((torch.cdist(x, to) ** alpha).mean((-1, -2)) for to in (y, x))
 
-    def answer_3_only_one_target(x, y, alpha):
+    def answer_3_only_one_target(samples, targets, alpha):
+        x, y = samples.movedim(0, -2), targets.movedim(0, -2)
         return torch.cdist(x, y[..., :1, :]).mean((-1, -2)) ** alpha, torch.pdist(x).mean() ** alpha
 
     def answer_4_only_the_last_block(self, hidden, noise):

@@ -1,5 +1,4 @@
-"""Checkpoints of the authors. golden/ holds tiny ones, and what the authors' code computes with them.
-"""
+"""Checkpoints of the authors: golden/ holds tiny ones, and what their code computes with them."""
 
 import base64
 import json
@@ -131,7 +130,13 @@ def test_weights_that_do_not_fit_are_one_sentence(folder, change, word):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04"])
+def test_a_config_that_is_none_is_one_sentence(folder):
+    (folder / "config.json").write_text("<html>Not found</html>")
+    with pytest.raises(sample.UserError, match="not JSON"):
+        load_released_calm(folder)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"PK\x03\x04"])
 def test_a_file_without_weights_is_one_sentence(folder, content):
     (folder / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(sample.UserError, match="git lfs pull"):

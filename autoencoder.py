@@ -23,7 +23,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-NORM_EPS = 1e-6  # of every RMSNorm and LayerNorm, as released
+# Of every RMSNorm and LayerNorm, as released. RMSNorm divides a vector by the root of its mean
+# square; LayerNorm subtracts the mean first.
+NORM_EPS = 1e-6
 
 
 @dataclass
@@ -45,6 +47,10 @@ class AutoencoderConfig:
 def kl_divergence(mean, log_std, floor=0.0):
     """KL( N(mean, std^2) || N(0, I) ), nats: mean, log_std (..., l) -> (...).
 
+    KL(p || q) is the mean of log p(z) - log q(z) over z ~ p: it is 0 if p = q, and positive
+    otherwise. For two Gaussians the mean can be worked out, coordinate by coordinate. (A nat is the
+    unit of natural logarithms. The encoder gives log std, since any number may be a logarithm.)
+
     Alone, the reconstruction loss would let the encoder escape from its own noise: it could move
     the means far apart, or shrink the std to 0. This term of the loss makes both expensive. But for
     a coordinate at N(0, 1) the term is 0, the least there is, and such a coordinate says nothing
@@ -58,9 +64,10 @@ def kl_divergence(mean, log_std, floor=0.0):
 def init_by_width(module):
     """Initial weights: for a linear map std 1/sqrt(fan-in), for an embedding std 1.
 
-    A sum of fan-in products, each of size 1/sqrt(fan-in), has size 1. So a signal keeps its size in
-    every layer of a network of any width. The released code has 0.02 everywhere, which is
-    1/sqrt(2500): right for a width of 2500, and far too small for narrow networks.
+    An output of a map is a sum over its inputs, fan-in of them. Its terms have random signs and
+    variance 1/fan-in, so their sum has variance 1, and a signal keeps its size in a network of any
+    width. The released code has std 0.02 everywhere, which is 1/sqrt(2500): right for a width of
+    2500, and far too small for narrow networks.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -71,7 +78,9 @@ def init_by_width(module):
 
 
 class SwiGLU(nn.Module):
-    """A gated MLP: (..., d) -> (..., d). The gate says how much of each coordinate passes."""
+    """A gated MLP: (..., d) -> (..., d). SiLU(g) = g · sigmoid(g) is near 0 for a negative gate g,
+    and near g for a positive one: so it says how much of each coordinate of `up` passes.
+    """
 
     def __init__(self, hidden_size, intermediate_size):
         super().__init__()
@@ -84,8 +93,9 @@ class SwiGLU(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + SwiGLU(RMSNorm(x)): (..., d) -> (..., d). There is no attention: the authors found that
-    it lowers the autoencoder's loss and makes its vectors harder to predict (their issue 5).
+    """x + SwiGLU(RMSNorm(x)): (..., d) -> (..., d). There is no attention. The authors tried it:
+    the autoencoder's loss was lower, but CALM learnt less, perhaps because the vectors were harder
+    to predict (https://github.com/shaochenze/calm/issues/5).
     """
 
     def __init__(self, hidden_size, intermediate_size):
@@ -155,7 +165,7 @@ class Autoencoder(nn.Module):
         inputs = tokens
         if self.training:
             # "DropToken": some tokens become id 0, and must be guessed from the others in the
-            # chunk. That 0 is a token of its own, too, does little harm: it is rare in texts.
+            # chunk. Id 0 is a real token, too, but one that hardly occurs: as a byte, never.
             lost = torch.rand(tokens.shape, device=tokens.device) < c.dropout
             inputs = tokens.masked_fill(lost, 0)
         mean, log_std = self.encode(inputs)  # (..., L, l) each
@@ -164,6 +174,7 @@ class Autoencoder(nn.Module):
             # A draw from N(mean, std^2), written as a function of mean and std, and of noise that
             # does not depend on them. So the gradient passes through z to the encoder.
             z = mean + log_std.exp() * torch.randn_like(mean)
+            # What dropout leaves is divided by 0.85, so that the mean of z stays the same.
             z = F.dropout(z, c.dropout)
         logits = self.decode(z).float()  # (..., L, K, V)
         # `cross_entropy` is a mean over tokens. K times that is the loss of a chunk.
@@ -172,9 +183,10 @@ class Autoencoder(nn.Module):
         metrics = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
         if not self.training:  # not in training: it would read all logits once more at every step
             metrics["accuracy"] = (logits.argmax(-1) == tokens).float().mean()
-            # The paper's test of robustness is the accuracy with noise of size 0.3 on z. That is
-            # more than the std of the posteriors, which the preset `quick` brings to about 0.15,
-            # and little beside the spread of the means over all chunks, about 1.4.
+            # The paper's test of robustness is the accuracy with noise of size 0.3 on z. After a
+            # run of the preset `quick` we found a std of 0.15 in the posteriors, and one of 1.4
+            # between the means of different chunks. So 0.3 is more than what the decoder was
+            # trained with, and far less than what parts two chunks.
             noisy = self.decode(mean + 0.3 * torch.randn_like(mean))
             metrics["accuracy_noise_0.3"] = (noisy.argmax(-1) == tokens).float().mean()
         loss = reconstruction + c.kl_weight * kl

@@ -53,7 +53,7 @@ class TransformerConfig:
     n_layers: int = 12
     n_heads: int = 16
     context: int = 2048
-    chunk_size = 1  # not a field: a step is always one token
+    chunk_size = 1  # a step is always one token (without a type it is no field of the dataclass)
 
 
 # ------ The backbone
@@ -83,8 +83,9 @@ def rotate(x, positions):
     """Rotary position embedding: x (B, H, steps, size), positions (steps,) -> like x.
 
     Coordinates j and j + half of x are a point in a plane. It turns by the angle position ·
-    theta^(-j / half): fast for small j, slowly for large. Turning q and k by the same angle leaves
-    q·k as it was. So q·k depends on the difference of their positions, and on nothing else of them.
+    theta^(-j / half): fast for small j, slowly for large. Let q be at position m and k at n.
+    Turning both back by k's angle leaves q·k as it is. Then k is not turned, and q is turned by the
+    angle of m - n. So of their positions only the difference counts.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
@@ -154,7 +155,7 @@ class Backbone(nn.Module):
         begin = 0
         if cache is not None:
             begin = cache.length
-        if begin > 0 and steps > 1:  # the mask would hide the first of them from the last
+        if begin > 0 and steps > 1:  # the mask takes the first new step for the first of all steps
             raise ValueError("behind a cache, take one step at a time")
         positions = torch.arange(begin, begin + steps, device=x.device)
         for layer, block in enumerate(self.blocks):
@@ -210,6 +211,7 @@ class CALM(nn.Module):
         # Their gap shows how far training is: it closes when head and data agree.
         metrics = {"fidelity": fidelity.detach(), "diversity": diversity.detach()}
         if not self.training:
+            # One draw at each of 512 positions is enough for a mean.
             metrics["confidence"] = self.confidence(samples[0].flatten(0, 1)[:512])
         return loss, metrics
 
@@ -269,16 +271,17 @@ class TransformerLM(nn.Module):
 
 # ------ BrierLM  (paper, section 4)
 #
-# Perplexity needs the probability of the text, which CALM does not have. The Brier score gets by
-# with samples. For a prediction P and the outcome y it is 2 P(y) - sum_x P(x)^2. Let y come from Q.
-# The score's mean is
+# The usual score, perplexity, is exp of the mean of -log P(token). It needs the probability of the
+# text, which CALM does not have. The Brier score gets by with samples. For a prediction P and the
+# outcome y it is 2 P(y) - sum_x P(x)^2. Let y come from Q. The score's mean is
 #
 #     sum_x (2 P(x) Q(x) - P(x)^2) = sum_x Q(x)^2 - sum_x (P(x) - Q(x))^2,
 #
 # largest at P = Q and only there: it is strictly proper. Both terms can be estimated from draws,
 # since P(y) is how often a draw equals y, and sum_x P(x)^2 how often two draws are equal.
 #
-# The outcome of Brier-n is the next n tokens, all of them together.
+# The outcome of Brier-n is the next n tokens, all of them together. BrierLM is the geometric mean
+# of Brier-1 to Brier-4: if one of them is near 0, so is BrierLM.
 
 
 def prefix_matches(first, second):
@@ -312,9 +315,9 @@ def draw_continuations(model, tokens, at, n):
         hidden = model.hidden_states(tokens)  # (B, L, d)
         return model.draw_chunks(hidden[:, at], n), target
 
-    # K < 4: a draw of 4 tokens takes several steps. We read the text once, and keep its cache. At
-    # each i we cut the cache back to the real text and append the drawn chunks. What is cut off is
-    # lost, so we go from the last i to the first.
+    # K < 4: a draw of 4 tokens takes several steps. We read n copies of the text, one for each
+    # draw, and keep their cache. At each i we cut the cache back to the chunks 0 … i of the text,
+    # and append the drawn chunks. What is cut off is lost, so we go from the last i to the first.
     cache = KVCache()
     hidden = model.hidden_states(tokens.repeat(n, 1), cache)  # (n·B, L, d)
     drawn = []
@@ -350,7 +353,7 @@ def evaluate_brier(model, tokens, context, batch_size=16, places=None, n_samples
         raise ValueError("a score needs at least 2 samples and 1 place")
     if places is None:
         places = n_places
-        if K < 4:
+        if K < 4:  # each place takes 4 / K steps: so it is about as much work for each K
             places = 8 * K
     every = math.ceil(n_places / places)
     at = list(range(every // 2, n_places, every))  # the middle of each stretch

@@ -29,21 +29,28 @@ from autoencoder import NORM_EPS, init_by_width
 # be largest if P = Q, and only then: such a score is *strictly proper*, and whoever maximises it
 # learns Q. The energy score is, for 0 < alpha < 2. To see why, look at the "energy distance"
 #
-#     D(P, Q) = 2 E |x - y|^alpha - E |x' - x''|^alpha - E |y' - y''|^alpha.
+#     D(P, Q) = 2 E |x - y|^alpha - E |x' - x''|^alpha - E |y' - y''|^alpha,
 #
-# The mean of S is -D minus a term that P cannot change. So we ask whether D is 0 at P = Q alone.
+# where y' and y'' are draws from Q like y. The mean of S is -D - E |y' - y''|^alpha, and P cannot
+# change the last term. So we ask whether D is 0 at P = Q, and positive everywhere else.
 #
-# Take alpha = 1 and numbers on a line. Then |x - y| is the length of all thresholds t that lie
-# between x and y. Let F(t) be the probability that x <= t, and G(t) that of y <= t. A threshold
-# lies between x and y with probability F (1 - G) + G (1 - F), between x' and x'' with 2 F (1 - F),
-# and between y' and y'' with 2 G (1 - G). We add up over all thresholds:
+# Take alpha = 1 and numbers on a line. Then |x - y| is the length of the interval of all t between
+# x and y. So E |x - y| is the integral, over all t, of the probability that t lies between them.
+# Let F(t) be the probability that x <= t, and G(t) that of y <= t. Then t lies between x and y with
+# probability F (1 - G) + G (1 - F), between x' and x'' with 2 F (1 - F), and between y' and y''
+# with 2 G (1 - G). All together:
 #
 #     D = ∫ 2 F (1 - G) + 2 G (1 - F) - 2 F (1 - F) - 2 G (1 - G) dt = 2 ∫ (F - G)^2 dt.
 #
-# This is 0 if F = G everywhere, and positive otherwise. In more dimensions, |x - y| is the mean of
-# its shadows on all lines through the origin, times a constant. So D is a mean of such integrals,
-# and two distributions that agree in all shadows are equal. For other alpha below 2 the statement
-# holds, too (Gneiting and Raftery, "Strictly Proper Scoring Rules", 2007, section 4.3).
+# This is 0 if F = G everywhere, and positive otherwise.
+#
+# In more dimensions, project x - y on a line through the origin. The mean length of its projections
+# on all such lines depends on |x - y| alone, for no direction is special, and is proportional to
+# it. So D is, but for a constant, the mean over all lines of the integral above. It is 0 only if P
+# and Q agree on every line, and then they are equal (the theorem of Cramér and Wold).
+#
+# For the other alpha below 2 we have to refer to Gneiting and Raftery ("Strictly Proper Scoring
+# Rules, Prediction, and Estimation", 2007, section 4.3).
 #
 # For alpha = 2 it fails. Expanding the squares leaves D = 2 |E x - E y|^2, which compares the means
 # and nothing else: a sampler that always draws the mean of Q would have the best possible score.
@@ -70,7 +77,8 @@ def fidelity_and_diversity(samples, targets, alpha=1.0):
     x = (samples - centre).movedim(0, -2)  # (..., N, l)
     y = (targets - centre).movedim(0, -2)  # (..., M, l)
 
-    # The slope of r^alpha is infinite at r = 0 if alpha < 1. The clamp makes it 0 there.
+    # The slope of r^alpha is infinite at r = 0 if alpha < 1, and would make gradients nan where two
+    # points coincide. Below the clamp the slope is 0.
     to_targets = torch.cdist(x, y).clamp_min(1e-12) ** alpha  # (..., N, M)
     to_each_other = torch.cdist(x, x).clamp_min(1e-12) ** alpha  # (..., N, N)
 
@@ -101,8 +109,8 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
     spend its effort on differences that no decoder sees.
     """
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
-    # M = 1 would be unbiased, too; more targets reduce the variance. All positions share M vectors
-    # of noise. That saves time, and changes nothing in the mean: each position has its own average.
+    # M = 1 would be unbiased, too; more targets reduce the variance. To save time, all positions
+    # share M vectors of noise. The loss of each position stays unbiased.
     positions = [1] * (mean.dim() - 1)
     noise_shape = (n_targets, *positions, mean.shape[-1])  # (M, 1, …, 1, l)
     noise = torch.randn(noise_shape, device=mean.device, generator=generator)
@@ -153,10 +161,11 @@ class EnergyHead(nn.Module):
         self.final_norm = nn.LayerNorm(d, eps=NORM_EPS)
         self.final = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, latent_size))
         self.apply(init_by_width)
-        # As released, the last map W starts at zero, so all first draws are z = W a = 0. What parts
-        # them? The input a of W depends on the noise and differs from draw to draw. The gradient of
-        # W does not vanish, because fidelity pulls all draws towards the data. After one step W is
-        # no longer zero, the draws W a differ, and diversity begins to push them apart.
+        # As released, the last map W starts at zero, and so does its bias: all first draws are z =
+        # W a = 0. What parts them? The input a of W depends on the noise and differs from draw to
+        # draw. Diversity has no gradient yet, since all distances are 0, but fidelity has: it pulls
+        # the draws towards the data. After one step W is no longer zero, the draws W a differ, and
+        # diversity begins to push them apart.
         nn.init.zeros_(self.final[-1].weight)
 
     def forward(self, hidden, noise):

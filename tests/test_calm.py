@@ -36,6 +36,8 @@ def test_the_cache_gives_what_the_full_pass_gives(K):
     states = [model.hidden_states(part, cache) for part in (start, *steps)]
     torch.testing.assert_close(torch.cat(states, dim=1), full)
     assert cache.length == 32 // K
+    with pytest.raises(ValueError, match="one step at a time"):
+        model.hidden_states(tokens, cache)
     # Set back, it forgets what lies behind: other tokens take their place.
     cache.length = 16 // K
     other = torch.cat([tokens[:, :16], torch.randint(13, (2, 16))], dim=1)

@@ -20,6 +20,14 @@ def test_energy_score_is_the_double_loop(leading, alpha, origin, size):
     torch.testing.assert_close(score, slow_energy_score(x, y, alpha), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_the_score_has_no_pair_of_a_sample_with_itself(alpha):
+    """Of 40 points `cdist` finds that each is 0.01 or so from itself: that must not count."""
+    x, y = torch.randn(40, 3, 9), torch.randn(2, 3, 9)
+    score = energy_score(x, y, alpha).double()
+    torch.testing.assert_close(score, slow_energy_score(x, y, alpha), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_energy_score_of_two_gaussians_in_closed_form(seed):
     """For x ~ N(m, s^2), y ~ N(0, r^2): E|x - x'| = 2 s / sqrt(pi), and E|x - y| is the mean of a

@@ -301,6 +301,10 @@ def test_what_is_trained_is_not_trained_over_and_nothing_old_stays(undisturbed, 
             train_in(tmp_path, *SIZES, "--stage", stage)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert before == after
+    (tmp_path / "run/autoencoder.pt").rename(tmp_path / "kept")
+    with pytest.raises(sample.UserError, match="calm.pt"):
+        train_in(tmp_path, *SIZES, "--stage", "autoencoder")
+    (tmp_path / "kept").rename(tmp_path / "run/autoencoder.pt")
     # A model was deleted by hand, and the new run breaks off: the old sample is not its own.
     (tmp_path / "run/calm.pt").unlink()
     with pytest.raises(sample.UserError, match="finite"):

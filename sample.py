@@ -285,7 +285,9 @@ def load_tokenizer(name):
 
 
 def load_checkpoint(out_dir, kind):
-    """What train.py wrote to {kind}.pt."""
+    """What train.py wrote to {kind}.pt, a dict on the CPU; a UserError if it is not there, or
+    damaged.
+    """
     path = Path(out_dir, f"{kind}.pt")
     check(path.exists(), f"there is no {path}: train it, or name its --out_dir")
     try:
@@ -442,7 +444,9 @@ def fill(model, weights, folder):
 
 
 def load_released_autoencoder(folder):
-    """The autoencoder in a folder of the released layout, in evaluation mode."""
+    """The autoencoder in a folder of the released layout, in evaluation mode. A UserError says what
+    is missing there, damaged, or not implemented here.
+    """
     config = released_config(folder, AutoencoderConfig)
     with torch.device("meta"):
         model = Autoencoder(config)
@@ -451,7 +455,8 @@ def load_released_autoencoder(folder):
 
 def load_released_calm(folder, autoencoder=None):
     """The CALM in a folder of the released layout, in evaluation mode. It has the frozen
-    autoencoder of that folder, unless another is given, which then gets the weights' dtype.
+    autoencoder of that folder, unless another is given, which then gets the weights' dtype. A
+    UserError as in `load_released_autoencoder`.
     """
     config = released_config(folder, CALMConfig)
     config.context *= config.chunk_size  # theirs counts chunks

@@ -112,8 +112,9 @@ def parse_settings():
     if args.dtype is None:
         args.dtype = "float32"
         if on_cuda:  # older cards, a T4 say, have no products in bfloat16
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            args.dtype = "bfloat16" if native else "float16"
+            args.dtype = "float16"
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                args.dtype = "bfloat16"
     if args.compile is None:  # for CUDA, torch compiles to Triton, which Windows lacks
         args.compile = on_cuda and importlib.util.find_spec("triton") is not None
     return args
@@ -204,6 +205,7 @@ def whole_file(path):
 
 
 def write(path, content):
+    """Writes bytes to a file, all or nothing."""
     with whole_file(path) as file:
         file.write(content)
 
@@ -592,7 +594,9 @@ def main():
     if args.autoencoder:
         check("calm" in kinds, "--autoencoder is for training CALM")
         kinds = ["calm"]
-    prefix = "baseline_" if args.stage == "baseline" else ""
+    prefix = ""
+    if args.stage == "baseline":  # its results may lie beside those of a CALM
+        prefix = "baseline_"
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     if not args.resume:

@@ -112,11 +112,10 @@ class Attention(nn.Module):
     def forward(self, x, positions, cache, layer):
         B, steps, d = x.shape
         # Each of the H heads has its own d/H coordinates.
-        q = self.query(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
-        k = self.key(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
-        v = self.value(x).view(B, steps, self.H, d // self.H).transpose(1, 2)  # (B, H, steps, d/H)
-        q = rotate(q, positions)
-        k = rotate(k, positions)
+        heads = (B, steps, self.H, d // self.H)
+        q = rotate(self.query(x).view(heads).transpose(1, 2), positions)  # (B, H, steps, d/H)
+        k = rotate(self.key(x).view(heads).transpose(1, 2), positions)  # (B, H, steps, d/H)
+        v = self.value(x).view(heads).transpose(1, 2)  # (B, H, steps, d/H)
         if cache is not None:  # in generation: the new steps look back at all before them
             k, v = cache.append(layer, k, v)  # (B, H, all steps, d/H)
         # The mask hides from each step the steps after it. A single new step is the last, and may
@@ -155,8 +154,8 @@ class Backbone(nn.Module):
         begin = 0
         if cache is not None:
             begin = cache.length
-        if begin > 0 and steps > 1:  # the mask takes the first new step for the first of all steps
-            raise ValueError("behind a cache, take one step at a time")
+        # The mask would take the first of several new steps for the first of all steps.
+        assert begin == 0 or steps == 1, "behind a cache, take one step at a time"
         positions = torch.arange(begin, begin + steps, device=x.device)
         for layer, block in enumerate(self.blocks):
             x = block(x, positions, cache, layer)
@@ -334,28 +333,22 @@ def draw_continuations(model, tokens, at, n):
 
 
 @torch.no_grad()
-def evaluate_brier(model, tokens, context, batch_size=16, places=None, n_samples=4):
+def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4):
     """Brier-1 … 4 and BrierLM of a CALM or a TransformerLM on a text, tokens (T,) int: a dict of
     "brier": [4], "brier_lm", "brier_lm_se" (its standard error), "context", "positions".
 
-    The text is cut into sequences of `context` tokens. In each, up to `places` chunks, evenly
-    spaced, are predicted: by default all, or 8 · K if K < 4, to save time. "positions" counts all
-    predictions. A ValueError says what is too small to be scored.
+    The text is cut into sequences of `context` tokens. In each, all chunks but the first are
+    predicted. If K < 4 it is up to 8 · K of them, evenly spaced: a prediction then takes 4 / K
+    steps, so that a score is about as much work for each K. "positions" counts all predictions.
     """
     K = model.config.chunk_size
     device = next(model.parameters()).device
     n_places = context // K - math.ceil(4 / K)  # 4 tokens or more must follow
-    if n_places < 1:
-        raise ValueError(f"a context of {context} tokens is too short to be scored")
-    if len(tokens) < context:
-        raise ValueError(f"{len(tokens)} tokens are fewer than one context of {context}")
-    if n_samples < 2 or (places is not None and places < 1):
-        raise ValueError("a score needs at least 2 samples and 1 place")
-    if places is None:
-        places = n_places
-        if K < 4:  # each place takes 4 / K steps: so it is about as much work for each K
-            places = 8 * K
-    every = math.ceil(n_places / places)
+    assert n_places > 0, f"a context of {context} tokens is too short to be scored"
+    assert len(tokens) >= context, f"{len(tokens)} tokens are less than a context of {context}"
+    every = 1
+    if K < 4:
+        every = math.ceil(n_places / (8 * K))
     at = list(range(every // 2, n_places, every))  # the middle of each stretch
 
     # Score all sequences. Every pair of the draws for a place gives one estimate.
@@ -367,15 +360,13 @@ def evaluate_brier(model, tokens, context, batch_size=16, places=None, n_samples
         scores.append(torch.stack(pairs).mean((0, 2)).cpu())  # (pairs, B, A, 4) -> (B, 4)
     scores = torch.cat(scores)
 
-    # How much would another text of this length change the score? We cannot say from one number,
-    # and BrierLM is no plain mean. The bootstrap draws as many sequences from ours, with
-    # replacement, a thousand times, and looks at how the thousand scores vary.
+    # How much would another text of this length change the score? The bootstrap draws as many
+    # sequences from ours, with replacement, a thousand times, and looks at how the scores vary.
     again = torch.randint(len(scores), (1000, len(scores)))
     briers = scores[again].mean(1)  # (1000, 4)
-    resampled = torch.tensor([brier_lm(brier) for brier in briers])
-    brier = scores.mean(0)  # (4,)
-    error = resampled.std().item()
+    error = torch.tensor([brier_lm(brier) for brier in briers]).std().item()
     if len(scores) == 1:  # one sequence does not show how sequences vary
         error = math.nan
+    brier = scores.mean(0)  # (4,)
     result = {"brier": brier.tolist(), "brier_lm": brier_lm(brier), "brier_lm_se": error}
     return result | {"context": context, "positions": len(scores) * len(at)}

@@ -42,15 +42,11 @@ from autoencoder import NORM_EPS, init_by_width
 #
 #     D = ∫ 2 F (1 - G) + 2 G (1 - F) - 2 F (1 - F) - 2 G (1 - G) dt = 2 ∫ (F - G)^2 dt.
 #
-# This is 0 if F = G everywhere, and positive otherwise.
-#
-# In more dimensions, project x - y on a line through the origin. The mean length of its projections
-# on all such lines depends on |x - y| alone, for no direction is special, and is proportional to
-# it. So D is, but for a constant, the mean over all lines of the integral above. It is 0 only if P
-# and Q agree on every line, and then they are equal (the theorem of Cramér and Wold).
-#
-# For the other alpha below 2 we have to refer to Gneiting and Raftery ("Strictly Proper Scoring
-# Rules, Prediction, and Estimation", 2007, section 4.3).
+# This is 0 if F = G everywhere, and positive otherwise. In more dimensions, the mean length of the
+# projections of x - y on all lines through the origin is proportional to |x - y|, since no
+# direction is special. So D is, but for a factor, a mean of such integrals. It is 0 only if P and Q
+# agree on every line, and then they are equal (the theorem of Cramér and Wold). The other alpha
+# below 2: Gneiting and Raftery, "Strictly Proper Scoring Rules", 2007, section 4.3.
 #
 # For alpha = 2 it fails. Expanding the squares leaves D = 2 |E x - E y|^2, which compares the means
 # and nothing else: a sampler that always draws the mean of Q would have the best possible score.
@@ -65,14 +61,12 @@ def fidelity_and_diversity(samples, targets, alpha=1.0):
     "Diversity" rewards draws that lie apart. At P = Q the two are equal, on average.
     """
     N = len(samples)
-    if not 0 < alpha < 2:
-        raise ValueError(f"alpha must lie between 0 and 2, not {alpha}")
-    if N < 2:
-        raise ValueError("the diversity of a sampler needs at least 2 samples")
+    assert N >= 2, "the diversity of a sampler needs at least 2 samples"
+    assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
 
-    # For many points `cdist` computes |x|^2 + |y|^2 - 2 x·y. Far from the origin these are large
-    # numbers with a small difference, and rounding would swamp it. So we move all points first,
-    # until the targets' mean is the origin. Distances do not change.
+    # `cdist` computes |x|^2 + |y|^2 - 2 x·y. Far from the origin these are large numbers with a
+    # small difference, and rounding would swamp it. So we move all points first, until the targets'
+    # mean is the origin. Distances do not change.
     centre = targets.mean(0)  # (..., l)
     x = (samples - centre).movedim(0, -2)  # (..., N, l)
     y = (targets - centre).movedim(0, -2)  # (..., M, l)
@@ -111,8 +105,7 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
     # M = 1 would be unbiased, too; more targets reduce the variance. To save time, all positions
     # share M vectors of noise. The loss of each position stays unbiased.
-    positions = [1] * (mean.dim() - 1)
-    noise_shape = (n_targets, *positions, mean.shape[-1])  # (M, 1, …, 1, l)
+    noise_shape = (n_targets, *[1] * (mean.dim() - 1), mean.shape[-1])  # (M, 1, …, 1, l)
     noise = torch.randn(noise_shape, device=mean.device, generator=generator)
     targets = mean + log_std.exp() * noise  # (M, ..., l)
     fidelity, diversity = fidelity_and_diversity(samples, targets, alpha)  # (...) each

@@ -4,24 +4,24 @@
 
 Most language models write better at a temperature T below 1: they then prefer what they find
 probable. Where there is a softmax, one divides its logits by T. CALM has draws only, so this file
-begins with two ways to get by with draws. Behind them come generation, tokenizers, checkpoints
-(train.py's, and the authors'), and the command.
+begins with two ways to get by with draws. Then come generation, tokenizers, checkpoints (those of
+train.py, and the authors'), and the command.
 
 Letters: those of autoencoder.py, and N draws in a pool. In 1/T, T is the temperature.
 """
 
 import argparse
-import base64
+import hashlib
 import itertools
 import json
 import math
 import sys
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 
 import tiktoken
 import torch
+from tiktoken.load import load_tiktoken_bpe
 
 from autoencoder import NORM_EPS, Autoencoder, AutoencoderConfig
 from calm import CALM, ROPE_THETA, CALMConfig, KVCache, TransformerConfig, TransformerLM
@@ -68,12 +68,12 @@ def uniform(generator):
     return torch.rand((), generator=generator, device=device).item()
 
 
-def one_by_one(draw, max_draws, block=256):
+def one_by_one(draw, max_draws):
     """Yields independent draws, (K,) each, on the CPU. They are made and fetched 256 at a time,
     because each time that Python looks at a number on a GPU, it has to wait for the GPU.
     """
-    for _ in range(math.ceil(max_draws / block)):
-        yield from draw(block).cpu()
+    for _ in range(math.ceil(max_draws / 256)):
+        yield from draw(256).cpu()
     raise UserError(f"nothing accepted in {max_draws:,} draws: take a higher temperature")
 
 
@@ -185,7 +185,6 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
     is better to miss the oldest tokens than the newest. (In training, chunks begin anywhere.)
     """
     K, T = model.config.chunk_size, prompt.shape[1]
-    check(T >= K, f"a prompt must have at least {K} tokens, one chunk")
     # In training the longest history was a context less the chunk that is predicted.
     longest = model.config.context // K - 1
     unread = prompt[:, T % K :][:, -longest * K :]
@@ -208,9 +207,9 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
 # ------ Texts and tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
-# A tokenizer cuts a text into pieces, such as words, and then joins frequent neighbours in a piece,
-# beginning with bytes, to tokens. A file of ranks lists the tokens and their numbers, but not how
-# to cut. So we cut as Llama 3 does, whatever the file.
+# A tokenizer cuts a text into pieces, such as words, and joins frequent neighbours in a piece,
+# beginning with bytes, to tokens. A file of ranks has the tokens and their numbers, but not the
+# pattern by which a text is cut. So we use Llama 3's for every file.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -225,38 +224,13 @@ def read_text(path):
         raise UserError(f"{path} is not a text in UTF-8") from None
 
 
-def read_json(path):
-    """What a JSON file holds."""
-    text = read_text(path)
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise UserError(f"{path} is not JSON: it is damaged, or no file of this kind") from None
-
-
-def read_ranks(path):
-    """{token bytes: its number} of a file of lines "BASE64 NUMBER", tiktoken's own format."""
-    lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
-    try:
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except ValueError:
-        raise UserError(f"{path} is no tokenizer: its lines are not BASE64 NUMBER") from None
-    numbers = set(ranks.values())
-    check(len(lines) == len(ranks) == len(numbers), f"{path} has a token or a number twice")
-    check(all(bytes([b]) in ranks for b in range(256)), f"{path} lacks some of the 256 bytes")
-    # A model has an embedding for each number up to the highest, used or not.
-    near = min(numbers) >= 0 and max(numbers) < 2 * len(ranks)
-    check(near, f"{path} has numbers below 0, or far above {len(ranks)}")
-    return ranks
-
-
 def make_encoding(ranks):
     """The tiktoken.Encoding of {token bytes: its number} and an end-of-text token."""
     end = max(ranks.values()) + 1  # not len(ranks): a list may begin at 1, or leave numbers out
     if end == 128_000:  # Llama 3: 128 000 begins a text, 128 001 ends it
-        end += 1
-    parts = {"mergeable_ranks": ranks, "special_tokens": {END_OF_TEXT: end}}
-    return tiktoken.Encoding("ranks", pat_str=PATTERN, **parts)
+        end = 128_001
+    special = {END_OF_TEXT: end}
+    return tiktoken.Encoding("", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def encoding_parts(encoding):
@@ -272,30 +246,39 @@ def load_tokenizer(name):
     """A tiktoken.Encoding: "bytes", a file of ranks, or one of tiktoken's names (gpt2, …)."""
     if name == "bytes":
         return make_encoding({bytes([b]): b for b in range(256)})
-    if Path(name).exists():
-        return make_encoding(read_ranks(name))
     try:
-        return tiktoken.get_encoding(name)
-    except (ValueError, OSError):  # an unknown name, or no connection
-        raise UserError(f"the tokenizer {name} is neither bytes, nor a file that exists, nor one "
-                        "that tiktoken can fetch") from None  # fmt: skip
+        if not Path(name).exists():
+            return tiktoken.get_encoding(name)
+        # The digest keeps tiktoken from taking an older file of this name from its cache.
+        digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        ranks = load_tiktoken_bpe(str(name), digest)
+    except (ValueError, OSError) as error:  # not known, no connection, or not lines of ranks
+        raise UserError(f"there is no tokenizer {name}: {error}") from None
+    # Any text can be written if each byte is a token. No two tokens may have the same number.
+    bytes_there = all(bytes([b]) in ranks for b in range(256))
+    check(bytes_there, f"the tokenizer {name} lacks some of the 256 bytes")
+    check(len(set(ranks.values())) == len(ranks), f"the tokenizer {name} has a number twice")
+    return make_encoding(ranks)
 
 
 # ------ Checkpoints of train.py
 
 
-def load_checkpoint(out_dir, kind):
-    """What train.py wrote to {kind}.pt, a dict on the CPU; a UserError if it is not there, or
-    damaged.
+def load_weights(path):
+    """A dict that torch has saved, on the CPU; a UserError if there is none. weights_only: a file
+    may hold tensors, numbers and strings, but no code, which could do anything.
     """
-    path = Path(out_dir, f"{kind}.pt")
-    check(path.exists(), f"there is no {path}: train it, or name its --out_dir")
+    check(path.exists(), f"there is no {path}: train it, or name its folder")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:  # the disk's fault, not the file's
-        raise
-    except Exception:  # whatever damage makes torch raise
-        raise UserError(f"{path} is damaged: delete it and train it again") from None
+    except Exception as error:  # whatever damage makes torch raise
+        what = type(error).__name__
+        raise UserError(f"{path} is damaged, or a pointer of Git LFS: {what}") from None
+
+
+def load_checkpoint(out_dir, kind):
+    """What train.py wrote to {kind}.pt, a dict."""
+    return load_weights(Path(out_dir, f"{kind}.pt"))
 
 
 def build_model(kind, configs):
@@ -311,18 +294,15 @@ def build_model(kind, configs):
 def load_model(out_dir, kind):
     """The model in {kind}.pt, for evaluation, and its tokenizer."""
     checkpoint = load_checkpoint(out_dir, kind)
-    # A model on "meta" has shapes and no memory. With assign=True it takes the loaded tensors as
-    # they are, so that no weight is in memory twice.
-    with torch.device("meta"):
-        model = build_model(kind, checkpoint["configs"])
-    model.load_state_dict(checkpoint["weights"], assign=True)
+    model = build_model(kind, checkpoint["configs"])
+    model.load_state_dict(checkpoint["weights"])
     return model.eval(), tiktoken.Encoding("saved", **checkpoint["tokenizer"])
 
 
 # ------ Checkpoints of the authors
 #
 # A folder in the layout of the released models holds a config.json and the weights, in one file or
-# several. Their code is at https://github.com/shaochenze/calm, in the folder models/.
+# several. Their code: https://github.com/shaochenze/calm, commit c556310, in the folder models/.
 
 # A setting's name here, and in a config.json: configuration_autoencoder.py, configuration_calm.py.
 RELEASED_FIELDS = {
@@ -393,10 +373,15 @@ RELEASED_NAMES = {
 }
 
 
-def released_config(folder, kind):
-    """The config in a folder's config.json: `kind` is AutoencoderConfig or CALMConfig."""
+def read_released(folder, kind):
+    """The config of a `kind`, AutoencoderConfig or CALMConfig, and the weights {our name: tensor}
+    in a folder. A UserError says what is missing, damaged, or not implemented here.
+    """
     path = Path(folder, "config.json")
-    released = read_json(path)
+    try:
+        released = json.loads(read_text(path))
+    except ValueError:
+        raise UserError(f"{path} is not JSON: download it again") from None
     # As many keys and values as queries: attention is not grouped here.
     fixed = FIXED | {"num_key_value_heads": released.get("num_attention_heads")}
     for name, value in fixed.items():
@@ -408,33 +393,18 @@ def released_config(folder, kind):
         if theirs:  # the others are for training alone, and keep their defaults
             check(theirs in released, f"{path} has no {theirs}: is it of another model?")
             config[field.name] = released[theirs]
-    return kind(**config)
 
-
-def released_weights(folder):
-    """The weights {our name: tensor} in a folder's files."""
-    files = [*Path(folder).glob("pytorch_model*.bin"), *Path(folder).glob("*.safetensors")]
-    check(files, f"{folder} holds neither pytorch_model*.bin nor *.safetensors")
     weights = {}
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                released = import_module("safetensors.torch").load_file(file)
-            else:
-                released = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except ImportError:
-            raise UserError(f"{file} needs a package: pip install safetensors") from None
-        except Exception:  # whatever makes torch or safetensors raise
-            raise UserError(f"{file} is damaged, or a pointer of Git LFS (git lfs pull)") from None
-        for name, tensor in released.items():
+    for file in Path(folder).glob("*.bin"):
+        for name, tensor in load_weights(file).items():
             for theirs, ours in RELEASED_NAMES.items():
                 name = name.replace(theirs, ours)
             weights[name] = tensor
-    return weights
+    return kind(**config), weights
 
 
 def fill(model, weights, folder):
-    """Gives a model on the device "meta" its weights, all of them and no others."""
+    """Gives a model all its weights, for evaluation; a UserError if one is missing or too much."""
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:  # it lists what is missing, not known, or of another shape
@@ -444,40 +414,29 @@ def fill(model, weights, folder):
 
 
 def load_released_autoencoder(folder):
-    """The autoencoder in a folder of the released layout, in evaluation mode. A UserError says what
-    is missing there, damaged, or not implemented here.
-    """
-    config = released_config(folder, AutoencoderConfig)
-    with torch.device("meta"):
-        model = Autoencoder(config)
-    return fill(model, released_weights(folder), folder)
+    """The autoencoder in a folder of the released layout, in evaluation mode."""
+    config, weights = read_released(folder, AutoencoderConfig)
+    return fill(Autoencoder(config), weights, folder)
 
 
 def load_released_calm(folder, autoencoder=None):
     """The CALM in a folder of the released layout, in evaluation mode. It has the frozen
-    autoencoder of that folder, unless another is given, which then gets the weights' dtype. A
-    UserError as in `load_released_autoencoder`.
+    autoencoder of that folder, unless another is given, which then gets the weights' dtype.
     """
-    config = released_config(folder, CALMConfig)
+    config, weights = read_released(folder, CALMConfig)
     config.context *= config.chunk_size  # theirs counts chunks
-    weights = released_weights(folder)
     # The config does not give the widths of the autoencoder, but the shape of a weight does.
     gate = weights.get("autoencoder.encoder_blocks.0.mlp.gate.weight")
     check(gate is not None, f"{folder} lacks weights: is a file missing?")
-    sizes = AutoencoderConfig(
-        vocab_size=config.vocab_size,
-        chunk_size=config.chunk_size,
-        latent_size=config.latent_size,
-        hidden_size=gate.shape[1],
-        intermediate_size=gate.shape[0],
-    )
+    theirs = AutoencoderConfig(config.vocab_size, config.chunk_size, config.latent_size)
+    theirs.intermediate_size, theirs.hidden_size = gate.shape
+    # On "meta", tensors have shapes and no memory: `fill` gives the model the loaded ones.
     with torch.device("meta"):
-        model = CALM(config, Autoencoder(sizes))
+        model = CALM(config, Autoencoder(theirs))
     fill(model, weights, folder)
     if autoencoder is not None:
-        check(autoencoder.config == sizes, f"the autoencoder is not of the sizes in {folder}")
-        autoencoder.to(model.embedding.weight.dtype)
-        model.autoencoder = autoencoder.requires_grad_(False).eval()
+        check(autoencoder.config == theirs, f"the autoencoder is not of the sizes in {folder}")
+        model.autoencoder = autoencoder.to(gate.dtype).requires_grad_(False).eval()
     return model
 
 
@@ -487,15 +446,15 @@ def load_released_calm(folder, autoencoder=None):
 def write_text(model, encoding, prompt, n_tokens, temperature, pool=200):
     """`prompt` and its continuation, up to an end of the text, a string."""
     ids = encoding.encode_ordinary(prompt)
-    missing = max(0, model.config.chunk_size - len(ids))
-    ids = encoding.encode_ordinary("\n") * missing + ids  # a whole chunk
+    while len(ids) < model.config.chunk_size:  # a whole chunk is needed
+        ids = encoding.encode_ordinary("\n") + ids
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     new = generate(model, tokens, n_tokens, temperature, pool)[0, len(ids) :].tolist()
     if encoding.eot_token in new:
         new = new[: new.index(encoding.eot_token)]
     # A model may have more tokens than its tokenizer. These have no bytes, and are left out.
     known = set(encoding._mergeable_ranks.values())
-    return prompt + encoding.decode([t for t in new if t in known])
+    return prompt + encoding.decode([token for token in new if token in known])
 
 
 def pick_device(name):
@@ -503,10 +462,7 @@ def pick_device(name):
     best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     check(name in ("auto", "cpu", best), f"there is no device {name} here: try --device {best}")
     if name == "auto":
-        name = best
-    # Before 2.13, cdist could not be trained on MPS, and attention was wrong there at times.
-    old = name == "mps" and torch.__version__ < (2, 13)  # torch's version compares with tuples
-    check(not old, "on MPS, CALM needs torch 2.13 or newer: install it, or take --device cpu")
+        return best
     return name
 
 
@@ -531,9 +487,9 @@ def main():
     add = parser.add_argument
     add("--out_dir", default="out/quick", help="where calm.pt is")
     add("--model", choices=("calm", "baseline"), default="calm", help="one of the models there")
-    add("--pretrained", metavar="DIR", help="a folder of released weights instead")
-    add("--autoencoder", metavar="DIR", help="with --pretrained: another autoencoder")
-    add("--tokenizer", default="tokenizer.model", metavar="FILE", help="with --pretrained")
+    add("--pretrained", help="a folder of released weights instead")
+    add("--autoencoder", help="with --pretrained: a folder with another autoencoder")
+    add("--tokenizer", default="tokenizer.model", help="with --pretrained: a file of ranks")
     add("--prompt", default="\n", help="a text, or FILE:path")
     add("--n_tokens", type=int, default=500, help="length of a text")
     add("--n_samples", type=int, default=1, help="number of texts")
@@ -543,12 +499,16 @@ def main():
     add("--device", default="auto", help="cpu, cuda or mps (the best there is)")
     add("--seed", type=int, default=0, help="change it for a different text")
     args = parser.parse_args()
-    check(0 <= args.seed < 2**63, "--seed must be 0 or more, and below 2^63")
-    torch.manual_seed(args.seed)
-    for name in ("n_tokens", "n_samples", "pool"):
+    for name in ("n_tokens", "n_samples", "pool", "temperature"):
         check(getattr(args, name) > 0, f"--{name} must be above 0")
-    check(args.temperature >= 1e-6, "--temperature must be above 0")
-    check(args.pretrained or not args.autoencoder, "--autoencoder needs --pretrained")
+    torch.manual_seed(args.seed)
+    prompt = args.prompt
+    if prompt.startswith("FILE:"):
+        prompt = read_text(prompt[5:])
+    pool = args.pool
+    if args.method == "exact":
+        pool = None
+
     if args.pretrained:
         autoencoder = None
         if args.autoencoder:
@@ -557,15 +517,10 @@ def main():
         encoding = load_tokenizer(args.tokenizer)
         # The released models have 255 tokens more than their file of ranks and its end.
         spare = model.config.vocab_size - encoding.n_vocab
-        check(0 <= spare < 256, f"the model has {model.config.vocab_size} tokens, --tokenizer "
-                                f"{args.tokenizer} has {encoding.n_vocab}")  # fmt: skip
+        check(0 <= spare < 256, f"the tokenizer {args.tokenizer} is of another model")
     else:
         model, encoding = load_model(args.out_dir, args.model)
     model.to(pick_device(args.device))
-    prompt = args.prompt
-    if prompt.startswith("FILE:"):
-        prompt = read_text(prompt[5:])
-    pool = args.pool if args.method == "batch" else None
     for _ in range(args.n_samples):
         text = write_text(model, encoding, prompt, args.n_tokens, args.temperature, pool)
         print(text, end="\n\n")

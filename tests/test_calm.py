@@ -36,7 +36,7 @@ def test_the_cache_gives_what_the_full_pass_gives(K):
     states = [model.hidden_states(part, cache) for part in (start, *steps)]
     torch.testing.assert_close(torch.cat(states, dim=1), full)
     assert cache.length == 32 // K
-    with pytest.raises(ValueError, match="one step at a time"):
+    with pytest.raises(AssertionError, match="one step at a time"):
         model.hidden_states(tokens, cache)
     # Set back, it forgets what lies behind: other tokens take their place.
     cache.length = 16 // K
@@ -91,7 +91,7 @@ def test_brier_lm_is_the_geometric_mean_with_each_factor_floored():
 @pytest.mark.parametrize("K", [1, 2, 4, "discrete"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_evaluate_brier_is_the_score_of_slow_draws(K, seed):
-    """H0: no bias. 4 sequences, 2 of 4 places. 20 scores with 40 drawings each against 800 pairs of
+    """H0: no bias. 4 sequences, 4 places. 20 scores with 20 drawings each against 400 pairs of
     continuations by `generate`: the means agree within 5.5 standard errors (t-test, p < 1e-4).
     """
     model = tiny_transformer(3) if K == "discrete" else tiny_calm(K, vocab_size=3)
@@ -99,16 +99,16 @@ def test_evaluate_brier_is_the_score_of_slow_draws(K, seed):
     torch.manual_seed(seed)
     context = 4 * K + max(K, 4)  # chunks 0, 1, 2 and 3 have 4 tokens or more behind them
     text, slow = torch.randint(3, (4, context)), []
-    many = text.repeat(40, 1).flatten()
-    results = [evaluate_brier(model, many, context, 50, places=2) for _ in range(20)]
+    many = text.repeat(20, 1).flatten()
+    results = [evaluate_brier(model, many, context, 50) for _ in range(20)]
     assert results[0]["positions"] == 320 and results[0]["context"] == context
     fast = torch.tensor([result["brier"] for result in results])  # (20, 4)
-    for begin in (2 * K, 4 * K):  # after chunks 1 and 3
-        history, target = text[:, :begin].repeat(1600, 1), text[:, begin : begin + 4]
-        first, second = generate(model, history, 4)[:, begin:].view(2, 800, 4, 4)
-        slow.append(brier_score(first, second, target))  # (800, 4, 4)
-    slow = torch.stack(slow).mean((0, 2))  # (800, 4)
-    error = (fast.var(0) / 20 + slow.var(0) / 800).sqrt()
+    for begin in (K, 2 * K, 3 * K, 4 * K):
+        history, target = text[:, :begin].repeat(800, 1), text[:, begin : begin + 4]
+        first, second = generate(model, history, 4)[:, begin:].view(2, 400, 4, 4)
+        slow.append(brier_score(first, second, target))  # (400, 4, 4)
+    slow = torch.stack(slow).mean((0, 2))  # (400, 4)
+    error = (fast.var(0) / 20 + slow.var(0) / 400).sqrt()
     assert ((fast.mean(0) - slow.mean(0)).abs() < 5.5 * error).all()
 
 
@@ -124,11 +124,18 @@ def test_the_standard_error_is_that_of_a_mean_over_sequences():
     assert result["brier_lm_se"] == pytest.approx(200 * (0.85 * 0.15 / 400) ** 0.5, rel=0.1)
 
 
+def test_small_chunks_are_scored_at_up_to_8_k_places():
+    """A sequence of 64 tokens has 60 places with 4 tokens behind them if K is 1, 30 if it is 2."""
+    text = torch.randint(13, (64,))
+    for K, most in ((1, 8), (2, 16)):
+        positions = evaluate_brier(tiny_calm(K, context=64), text, 64)["positions"]
+        assert most / 2 < positions <= most
+
+
 def test_one_sequence_has_no_standard_error_and_too_little_has_no_score():
     model, text = tiny_calm(context=16), torch.randint(13, (16,))
     result = evaluate_brier(model, text, 16)
     assert result["brier_lm"] >= 0 and math.isnan(result["brier_lm_se"])
-    few = [{"context": 32}, {"context": 4}, {"places": 0}, {"n_samples": 1}]
-    for settings, word in zip(few, ("fewer than", "too short", "1 place", "2 samples")):
-        with pytest.raises(ValueError, match=word):
-            evaluate_brier(model, text, **{"context": 16} | settings)
+    for context, word in ((32, "less than"), (4, "too short")):
+        with pytest.raises(AssertionError, match=word):
+            evaluate_brier(model, text, context)

@@ -34,6 +34,13 @@ def test_byte_pair_encoding_is_the_naive_algorithm():
     assert len(prepare.train_bpe({"abcdefg": 1}, 1000)) == 256, "no pair occurs twice"
 
 
+def tokens_in(folder):
+    """The parts of a folder that prepare.py has filled, as texts; the tokenizer; data.json."""
+    data = train.load_tokens(Namespace(data=folder, context=1))
+    parts = (data.train, data.validation, data.test)
+    return [data.encoding.decode(part.tolist()) for part in parts], data
+
+
 @pytest.mark.parametrize("vocab_size, several", [(256, True), (270, True), (256, False)])
 def test_prepare_writes_what_train_reads(vocab_size, several, tmp_path, monkeypatch, command):
     end, source, folder = "<|endoftext|>", tmp_path, tmp_path / "tokens"
@@ -41,34 +48,35 @@ def test_prepare_writes_what_train_reads(vocab_size, several, tmp_path, monkeypa
     (source / "a.txt").write_text(end + end.join(texts[:10]) + end + " \n")  # two are blank
     (source / "b.txt.xz").write_bytes(lzma.compress(end.join(texts[10:]).encode()))
     monkeypatch.setattr(prepare, "BLOCK", 11)  # marks and letters of two bytes are cut in two
-    argv = f"prepare.py {source} {folder} --vocab_size {vocab_size} --held_out 0.1".split()
+    argv = f"prepare.py {source} {folder} --vocab_size {vocab_size} --held_out 0.05".split()
     monkeypatch.setattr(sys, "argv", argv)
     prepare.main()
-    settings = Namespace(data=folder, out_dir=source, context=8, sha256=None)
-    *tokens, encoding, about = train.load_tokens(settings)
+    found, data = tokens_in(folder)
     pieces = Counter(p for text in texts for p in regex.findall(sample.PATTERN, text))
-    assert encoding._mergeable_ranks == prepare.train_bpe(pieces, vocab_size)
-    assert [about["tokens"], about["characters"]] == [sum(map(len, x)) for x in (tokens, texts)]
-    found = [encoding.decode(part.tolist()) for part in tokens]
+    assert data.encoding._mergeable_ranks == prepare.train_bpe(pieces, vocab_size)
+    sizes = [len(part) for part in (data.train, data.validation, data.test)]
+    assert data.about["tokens"] == sum(sizes)
+    assert data.about["characters"] == sum(map(len, texts))
     if several:  # whole documents are held out, an end-of-text token behind each
         kept = "".join(text + end for i, text in enumerate(texts) if i not in (5, 15))
-        assert found == [kept, texts[5] + end + texts[15] + end]
+        assert found == [kept, texts[5] + end, texts[15] + end]
     else:
-        assert "".join(found) == texts[0] + end and len(tokens[1]) == about["tokens"] // 10
+        assert "".join(found) == texts[0] + end
+        assert sizes[1:] == pytest.approx([sum(sizes) / 20] * 2, abs=1)
     (source / "c.xz").write_bytes(lzma.compress(TEXT.encode())[:-30])
     assert "damaged" in command(prepare.main, source, folder)
 
 
-@pytest.mark.parametrize("sizes, held_out", [
-    ([10] * 20, {9}), ([1000, 1], None), ([1, 1000], None), ([1000], None), ([1, 1], None),
-    ([100] * 10 + [1], None),
+@pytest.mark.parametrize("sizes, whole", [
+    ([10] * 40, True), ([10] * 20, True), ([1000, 1], False), ([1, 1000], False), ([1000], False),
+    ([1, 1], False), ([100] * 5 + [1], False),
 ])  # fmt: skip
-def test_about_the_share_is_held_out_or_the_end_of_each_document(sizes, held_out):
+def test_about_the_share_is_held_out_or_the_end_of_each_document(sizes, whole):
     """A long document and a tiny one: the tiny one alone would be too little."""
-    chosen = prepare.choose_held_out(sizes, 0.05)
-    assert (chosen is None) == (held_out is None)
-    if chosen:
-        assert 0.025 < sum(sizes[i] for i in chosen) / sum(sizes) < 0.1
+    chosen = prepare.choose_held_out(sizes, 0.1)
+    assert (chosen is not None) == whole
+    if whole:
+        assert len(chosen) >= 2 and 0.05 < sum(sizes[i] for i in chosen) / sum(sizes) < 0.2
 
 
 def test_the_ends_of_uneven_documents_are_held_out(tmp_path, monkeypatch):
@@ -79,13 +87,12 @@ def test_the_ends_of_uneven_documents_are_held_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", "prepare.py texts tokens --held_out 0.1".split())
     prepare.main()
-    train_tokens, held_out, encoding, about = train.load_tokens(
-        Namespace(data="tokens", out_dir=".", context=8, sha256=None)
-    )
+    found, data = tokens_in("tokens")
     end = "<|endoftext|>"
-    assert encoding.decode(train_tokens.tolist()) == "0123456789" * 90 + "0abcdefghi"
-    assert encoding.decode(held_out.tolist()) == "123456789" + "0123456789" * 9 + end + end
-    assert about["characters"] == 1009
+    # 1 001 tokens are cut at 801 and 901, 10 at 8 and 9.
+    digits = "0123456789" * 100
+    assert found == [digits[:801] + "abcdefgh", digits[801:901] + "i", digits[901:] + end + end]
+    assert data.about["characters"] == 1009
 
 
 def test_scores_of_zero_are_a_picture_too(tmp_path):
@@ -131,4 +138,4 @@ def test_the_loss_is_that_of_each_choice_after_those_of_the_text():
 
 def test_words_are_two_letters_or_more_and_whole():
     assert words.words_of("The cat's a fée, 3abc-de\nend") == ["The", "cat", "fée", "abc", "de"]
-    assert words.share_of_words(["The cat ", "tho cat ca"], {"The", "cat"}) == (3 / 4, 4)
+    assert words.share_of_words(["The cat ", "tho cat ca"], {"The", "cat"}) == (3 / 4, 2 / 3, 4)

@@ -2,7 +2,6 @@
 what is made elsewhere raises, and so does a value that is read."""
 
 import io
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,103 +96,82 @@ def test_a_step_compiles_whole_and_stays_the_same(name):
 # the step is traced whole, too, but not made into other code.
 
 
-def optimised(model, optimizer, dtype):
+def optimised(model, optimizer, precision):
     """Three steps as train.py takes them; the losses, and the optimisers."""
     train.set_precision()
     device = next(model.parameters()).device.type
-    optimisers = train.make_optimisers(model, SimpleNamespace(optimizer=optimizer, dtype=dtype))
-    scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
-    mixed = torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
+    optimisers = train.make_optimisers(model, optimizer)
     torch.manual_seed(1)
     tokens, losses = torch.randint(1, 13, (8, 32)).to(device), []
     for _ in range(3):
-        for optimiser in optimisers:
-            optimiser.param_groups[0]["lr"] = 0.01
         torch.manual_seed(2)
-        with mixed:
+        with torch.autocast(device, precision, enabled=precision != torch.float32):
             loss, _ = model(tokens)
-        scaler.scale(loss).backward()
-        train.clip_and_step(optimisers, scaler)
+            loss.backward()
+            for optimiser in optimisers:
+                optimiser.param_groups[0]["lr"] = 0.01
+                optimiser.step()
+                optimiser.zero_grad()
         losses.append(loss.item())
     return losses, optimisers
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("optimizer, dtype", [("muon", "bfloat16"), ("adamw", "float16")])
-def test_compiled_mixed_steps_are_close_to_plain_ones(device, optimizer, dtype, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_compiled_mixed_steps_are_close_to_plain_ones(device, optimizer, monkeypatch):
     """H0: rounding alone. Three losses of CALM agree to 2 %."""
-    plain, _ = optimised(tiny_calm().to(device).train(), optimizer, "float32")
+    plain, _ = optimised(tiny_calm().to(device).train(), optimizer, torch.float32)
     if device == "cuda":  # the same noise, compiled or not
         monkeypatch.setattr("torch._inductor.config.fallback_random", True)
     model = tiny_calm().to(device).train()
     model.compile(fullgraph=True, backend="inductor" if device == "cuda" else "eager")
-    losses, _ = optimised(model, optimizer, dtype)
+    losses, _ = optimised(model, optimizer, torch.bfloat16)
     assert losses == pytest.approx(plain, rel=0.02)
     assert plain[2] < plain[0] - 1e-3, "three steps must lower the loss"
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_muon_goes_on_from_its_saved_state(device):
-    """In the dtype of the run, with its momentum in float32, on the device of its weights."""
+    """With its momentum in float32, on the device of its weights."""
     model = tiny_calm().to(device).train()
-    _, optimisers = optimised(model, "muon", "bfloat16")
+    _, optimisers = optimised(model, "muon", torch.bfloat16)
     file = io.BytesIO()
     torch.save([optimiser.state_dict() for optimiser in optimisers], file)
     file.seek(0)
     other = tiny_calm().to(device).train()
     other.load_state_dict(model.state_dict())
-    args = SimpleNamespace(optimizer="muon", dtype="bfloat16")
-    again = train.make_optimisers(other, args)
+    again = train.make_optimisers(other, "muon")
     for optimiser, state in zip(again, torch.load(file, map_location="cpu", weights_only=True)):
         optimiser.load_state_dict(state)
     for state in again[0].state.values():
         assert state["momentum_buffer"].device.type == device
         assert state["momentum_buffer"].dtype == torch.float32
-    scaler = torch.amp.GradScaler(device, enabled=False)
     for which, steppers in ((model, optimisers), (other, again)):
         torch.manual_seed(3)
         which(torch.arange(64, device=device).view(2, 32) % 13)[0].backward()
-        train.clip_and_step(steppers, scaler)
+        for optimiser in steppers:
+            optimiser.step()
     for p, q in zip(model.parameters(), other.parameters()):
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("group", [0, 1])
-def test_a_gradient_that_overflows_moves_no_weight(group, bad):
-    """Not those of the other optimiser, either. The next gradient counts again."""
-    model = tiny_calm().train()
-    optimisers = train.make_optimisers(model, SimpleNamespace(optimizer="muon", dtype="float32"))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    for planted in (True, False):
-        scaler.scale(model(torch.arange(64).view(2, 32) % 13)[0]).backward()
-        for optimiser in optimisers:
-            optimiser.param_groups[0]["lr"] = 0.01
-        if planted:
-            optimisers[group].param_groups[0]["params"][0].grad[0] = bad
-        train.clip_and_step(optimisers, scaler)
-        moved = [not torch.equal(p, before[name]) for name, p in model.named_parameters()]
-        assert all(p.isfinite().all() for p in model.parameters())
-        assert scaler.get_scale() == 512 and any(moved) != planted
-
-
-def test_muon_orthogonalises_as_torch_does_and_in_any_precision():
-    """torch.optim.Muon computes in bfloat16 only. float32 agrees to its 8 bits, here 2 %."""
+@pytest.mark.parametrize("half", [False, True])
+def test_muon_orthogonalises_as_torch_does_and_in_any_precision(half):
+    """torch.optim.Muon computes in bfloat16 only. Both agree to its 8 bits, here 3 %."""
     for shape in ((24, 24), (12, 40), (40, 12)):
         W, gradients = torch.randn(shape), torch.randn(3, *shape)
         ours, theirs = [torch.nn.Parameter(W.clone()) for _ in range(2)]
-        mine = train.Muon([ours], torch.float32)
+        mine = train.Muon([ours])
         mine.param_groups[0]["lr"] = 0.02
         torchs = torch.optim.Muon([theirs], lr=0.02, adjust_lr_fn="match_rms_adamw")
         for gradient in gradients / 1e4:  # small, as clipped gradients are
             for weight, optimiser in ((ours, mine), (theirs, torchs)):
                 weight.grad = gradient.clone()
-                optimiser.step()
-        assert (ours - theirs).norm() < 0.02 * (theirs - W).norm()
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            values = torch.linalg.svdvals(train.orthogonalise(W / 1e7, dtype))
-            assert values.sub(1).abs().max() < 0.4
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    optimiser.step()
+        assert (ours - theirs).norm() < 0.03 * (theirs - W).norm()
+        values = torch.linalg.svdvals(train.orthogonalise(W / 1e7))
+        assert values.sub(1).abs().max() < 0.4
 
 
 def test_the_gradients_of_distances_are_float32_where_the_step_is_compiled(monkeypatch):

@@ -43,21 +43,23 @@ def test_a_run_learns_the_text_perfectly_and_leaves_what_it_promises(repeating):
     assert {"autoencoder.pt", "calm.pt"} <= {path.name for path in out_dir.iterdir()}
     assert (out_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     text = (out_dir / "sample.txt").read_text()
-    assert LINE * 10 in text and text.strip() in stdout and "BrierLM" in stdout
+    assert LINE * 10 in text.split("temperature 0.5")[1] and text in stdout
+    assert "temperature 1.0" in text and "BrierLM" in stdout.splitlines()[-1]
     rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
     assert rows[0]["stage"] == "autoencoder" and rows[-1]["step"] == 200 and rows[-1]["loss"] > 0
+    assert rows[-1]["brier_lm"] > 98, "the running score is of validation text"
 
     summary = json.loads((out_dir / "summary.json").read_text())
     assert summary.keys() >= {"config", "seed", "device", "torch"}
     assert summary["autoencoder"].keys() >= {"accuracy_noise_0.3", "parameters", "seconds"}
-    assert summary["autoencoder"]["accuracy"] > 0.999
+    assert summary["autoencoder"]["accuracy"] > 0.99
     calm, data = summary["calm"], summary["data"]
     assert calm["brier"] == pytest.approx([1.0] * 4, abs=0.02) and calm["brier_lm"] > 98
     assert calm.keys() >= {"brier_lm_se", "confidence", "parameters", "seconds"}
     assert calm["val_loss"] == pytest.approx(2 * calm["fidelity"] - calm["diversity"], rel=1e-4)
     assert calm["tokens"] == 200 * 8 * 64
-    # 1 261 tokens are held out: 19 sequences of 16 chunks, of which the first is not predicted.
-    assert summary["protocol"] == {"context": 64, "positions": 19 * 15, "split": "validation"}
+    # 631 tokens are for the test: 9 sequences of 16 chunks, of which the first is not predicted.
+    assert summary["protocol"] == {"context": 64, "positions": 9 * 15, "split": "test"}
     assert data["source"] == "text.txt" and len(data["sha256"]) == 64
     assert data["characters"] == 12_613 and data["tokens"] == 12_601
 

@@ -1,6 +1,5 @@
 """Checkpoints of the authors: golden/ holds tiny ones, and what their code computes with them."""
 
-import base64
 import json
 import shutil
 from dataclasses import replace
@@ -57,8 +56,7 @@ def test_golden_checkpoints(name):
 
 @pytest.mark.parametrize("K", [1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
-def test_any_chunk_size_in_the_released_layout(K, dtype, file, tmp_path):
+def test_any_chunk_size_in_the_released_layout(K, dtype, tmp_path):
     folder = GOLDEN / "k4/calm"
     golden = load_released_calm(folder)
     autoencoder = Autoencoder(replace(golden.autoencoder.config, chunk_size=K))
@@ -68,12 +66,9 @@ def test_any_chunk_size_in_the_released_layout(K, dtype, file, tmp_path):
     for name, tensor in torch.load(folder / "pytorch_model.bin", weights_only=True).items():
         [same] = [key for key in golden if torch.equal(golden[key], tensor)]
         weights[name] = ours[same].clone()
-    save = torch.save
-    if file == "model.safetensors":
-        save = pytest.importorskip("safetensors.torch").save_file
     for i in (0, 1):  # in two files; golden/ has one
         part = dict(list(weights.items())[i::2])
-        save(part, tmp_path / file.replace(".", f"-0000{i + 1}-of-00002."))
+        torch.save(part, tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin")
     config = json.loads((folder / "config.json").read_text()) | {"patch_size": K}
     (tmp_path / "config.json").write_text(json.dumps(config))
 
@@ -139,7 +134,7 @@ def test_a_config_that_is_none_is_one_sentence(folder):
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"PK\x03\x04"])
 def test_a_file_without_weights_is_one_sentence(folder, content):
     (folder / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(sample.UserError, match="git lfs pull"):
+    with pytest.raises(sample.UserError, match="Git LFS"):
         load_released_calm(folder)
 
 
@@ -150,10 +145,3 @@ def test_another_autoencoder_computes_in_the_precision_of_the_model(folder):
     model = load_released_calm(folder, load_released_autoencoder(GOLDEN / "k4/autoencoder"))
     assert generate(model, torch.randint(97, (1, 8)), 8).shape == (1, 16)
     assert model(torch.randint(97, (1, 16)))[0].isfinite()
-
-
-def test_a_tokenizer_of_another_model_is_one_sentence(command, tmp_path):
-    lines = [f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256)]
-    (tmp_path / "ranks").write_text("".join(lines))
-    words = ["--pretrained", GOLDEN / "k4/calm", "--tokenizer", tmp_path / "ranks"]
-    assert "the model has 97 tokens" in command(sample.main, *words)

@@ -199,10 +199,8 @@ def test_the_end_of_a_text_has_a_number_of_its_own(numbers, end, tmp_path):
 
 
 @pytest.mark.parametrize("tokens, numbers, word", [
-    (BYTES[1:], range(255), "256 bytes"), ([*BYTES, b"a"], range(257), "twice"),
-    ([*BYTES, b"th"], [*range(256), 7], "twice"), ([*BYTES, b"th"], [*range(256), -1], "below 0"),
-    ([*BYTES, b"th"], [*range(256), 10**9], "far above"), ([*BYTES, b"th"], "0" * 257, "twice"),
-    (BYTES, ["x"] * 256, "BASE64 NUMBER"), ([], [], "256 bytes"),
+    (BYTES[1:], range(255), "256 bytes"), ([*BYTES, b"th"], [*range(256), 7], "twice"),
+    (BYTES, ["x"] * 256, "Error parsing"), ([], [], "256 bytes"),
 ])  # fmt: skip
 def test_a_bad_file_of_ranks_is_one_sentence(tokens, numbers, word, tmp_path):
     with pytest.raises(sample.UserError, match=word):
@@ -254,18 +252,14 @@ def test_only_the_users_mistakes_are_sentences(command):
         names["check"](False, "do this instead")
 
 
-def on_machine(monkeypatch, device, version="2.13.0"):
+def on_machine(monkeypatch, device):
     """As if torch found this device."""
     find = lambda check_available: torch.device(device)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", find)
-    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
 
 
-def test_mps_needs_a_torch_that_can_train_on_it(monkeypatch):
-    on_machine(monkeypatch, "mps", "2.9.1")
-    for name in ("auto", "mps"):
-        with pytest.raises(sample.UserError, match="2.13"):
-            sample.pick_device(name)
-    assert sample.pick_device("cpu") == "cpu"
-    on_machine(monkeypatch, "mps", "2.13.0+x")
-    assert sample.pick_device("auto") == "mps"
+def test_the_best_device_is_taken_and_no_other_one(monkeypatch):
+    on_machine(monkeypatch, "mps")
+    assert sample.pick_device("auto") == "mps" and sample.pick_device("cpu") == "cpu"
+    with pytest.raises(sample.UserError, match="--device mps"):
+        sample.pick_device("cuda")

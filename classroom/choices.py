@@ -137,7 +137,7 @@ def load(out_dir):
     """The model in choices.pt, for evaluation, and its tokenizer: like `sample.load_model`."""
     saved = sample.load_checkpoint(out_dir, "choices")
     autoencoder = sample.build_model("autoencoder", saved["configs"])
-    model = ChoiceCALM(CALMConfig(**saved["configs"]["calm"]), autoencoder)
+    model = ChoiceCALM(CALMConfig(**saved["configs"]["choices"]), autoencoder)
     model.load_state_dict(saved["weights"])
     return model.eval(), tiktoken.Encoding("saved", **saved["tokenizer"])
 
@@ -151,20 +151,21 @@ def main():
     saved = sample.load_checkpoint(folders.autoencoder, "autoencoder")
     changed = {"out_dir": folders.out_dir, "resume": False, "optimizer": "adamw", "lr": 3e-3}
     changed |= {"device": sample.pick_device("auto"), "dtype": "float32", "compile": False}
-    args, configs = argparse.Namespace(**saved["settings"] | changed), saved["configs"]
+    args = argparse.Namespace(**saved["settings"] | changed)
     there = Path(args.out_dir, "choices.pt").exists()
     sample.check(not there, f"{args.out_dir} holds a trained choices.pt: name another --out_dir")
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     data = train.load_tokens(args)
 
     train.seed_step(args.seed, 0)
-    model = ChoiceCALM(CALMConfig(**configs["calm"]), autoencoder)
+    config = train.model_configs(args, data.encoding.n_vocab)["calm"]
+    model = ChoiceCALM(CALMConfig(**config), autoencoder)
     chunks = train.random_windows(data.train, 20_000, args.chunk_size)
     model.head.start_from(autoencoder, chunks)
     right = autoencoder.decode(model.head.sums(chunks[:1000])).argmax(-1) == chunks[:1000]
     print(f"the decoder finds {right.float().mean():.2%} of the tokens in sums of their codes")
 
-    log = train.train("choices", model, args, data, saved["log"], configs)
+    log = train.train("choices", model, args, data, saved["log"])
     train.finish("choices", model, args, data, log)
 
 

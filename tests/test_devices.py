@@ -144,8 +144,8 @@ def test_muon_goes_on_from_its_saved_state(device):
     for optimiser, state in zip(again, torch.load(file, map_location="cpu", weights_only=True)):
         optimiser.load_state_dict(state)
     for state in again[0].state.values():
-        assert state["momentum_buffer"].device.type == device
-        assert state["momentum_buffer"].dtype == torch.float32
+        assert state["momentum"].device.type == device
+        assert state["momentum"].dtype == torch.float32
     for which, steppers in ((model, optimisers), (other, again)):
         torch.manual_seed(3)
         which(torch.arange(64, device=device).view(2, 32) % 13)[0].backward()

@@ -8,8 +8,9 @@ have to decode to the same tokens. A plain autoencoder meets the first demand on
 vectors of two chunks its decoder may say anything.
 
 So this is a *variational* autoencoder. Its encoder does not name a point but a small cloud, a
-Gaussian with a mean and a std for each of l coordinates, called the posterior. In training the
-decoder sees a random point of the cloud, and learns to be right everywhere in it.
+Gaussian with a mean and a std for each of l coordinates. It is called the *posterior*, what one
+knows of z after seeing the chunk; the *prior*, what one knows before, is N(0, 1) for each. In
+training the decoder sees a random point of the cloud, and learns to be right everywhere in it.
 
 Letters used for dimensions, here and in the other files:
     B  batch                T  tokens in a sequence    L  chunks in a sequence, T / K
@@ -23,7 +24,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-NORM_EPS = 1e-6  # of every RMSNorm and LayerNorm, as released: it keeps them from dividing by 0
+# RMSNorm divides a vector by the root of its mean square; LayerNorm subtracts the mean first. Both
+# add this to what they divide by, as released, since it may be 0.
+NORM_EPS = 1e-6
 
 
 @dataclass
@@ -34,7 +37,7 @@ class AutoencoderConfig:
     chunk_size: int = 4  # K
     latent_size: int = 128  # l
     hidden_size: int = 512  # d
-    intermediate_size: int = 1280  # inner width of SwiGLU
+    intermediate_size: int = 1280  # inner width of SwiGLU, below
     n_encoder_layers: int = 2  # half for tokens, then half for chunks
     n_decoder_layers: int = 2  # half for chunks, then half for tokens
     dropout: float = 0.15  # of input tokens and of coordinates of z
@@ -46,8 +49,10 @@ def kl_divergence(mean, log_std, floor=0.0):
     """KL( N(mean, std^2) || N(0, I) ), nats: mean, log_std (..., l) -> (...).
 
     KL(p || q) is the mean of log p(z) - log q(z) over z ~ p: 0 if p = q, and positive otherwise.
-    For two Gaussians the mean can be worked out, coordinate by coordinate. (A nat is the unit of
-    natural logarithms. The encoder gives log std, since any number may be a logarithm.)
+    For a coordinate of our two Gaussians, log p - log q = z^2/2 - (z - mean)^2/(2 std^2) - log std.
+    Over z ~ p the mean of z^2 is mean^2 + std^2, and that of (z - mean)^2 is std^2: so KL is the
+    line below. (A nat is the unit of natural logarithms. The encoder gives log std, since any
+    number may be a logarithm.)
 
     The reconstruction loss alone would let the encoder escape from its own noise: it could move the
     means far apart, or shrink the std to 0. This term makes both expensive. But a coordinate at
@@ -62,10 +67,10 @@ def kl_divergence(mean, log_std, floor=0.0):
 def init_by_width(module):
     """Initial weights: for a linear map std 1/sqrt(fan-in), for an embedding std 1.
 
-    An output of a map is a sum over its inputs, fan-in of them. Its terms have random signs and
-    variance 1/fan-in, so their sum has variance 1: a signal keeps its size in a network of any
-    width. The released code has std 0.02 everywhere, which is 1/sqrt(2500): right for a width of
-    2500, and far too small for narrow networks.
+    An output of a map is a sum over its inputs, fan-in of them. For inputs of variance 1 the terms
+    have variance 1/fan-in and random signs, so their sum has variance 1: a signal keeps its size in
+    a network of any width. The released code has std 0.02 everywhere, which is 1/sqrt(2500): right
+    for a width of 2500, and far too small for narrow networks.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -77,7 +82,7 @@ def init_by_width(module):
 
 class SwiGLU(nn.Module):
     """A gated MLP: (..., d) -> (..., d). SiLU(g) = g · sigmoid(g) is near 0 for a negative gate g,
-    and near g for a positive one: so it says how much of each coordinate of `up` passes.
+    and near g for a positive one: so the gate blocks each coordinate of `up`, or scales it.
     """
 
     def __init__(self, hidden_size, intermediate_size):
@@ -129,7 +134,8 @@ class Autoencoder(nn.Module):
         self.decoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.apply(init_by_width)
         # The embedding is used twice ("tied"): as rows to look up here, and in `decode` as the map
-        # to the logits. There d products of size 1/sqrt(d) make logits of size 1.
+        # to the logits. There std 1/sqrt(d), as for any map, gives logits of size 1. (The encoder
+        # does not mind the small rows: its blocks begin with a norm.)
         nn.init.normal_(self.embedding.weight, std=d**-0.5)
 
     def encode(self, tokens):
@@ -156,14 +162,14 @@ class Autoencoder(nn.Module):
         loss = K · CE(decoder(z), tokens) + beta · KL
 
         In training, three kinds of damage make the vectors robust: lost input tokens, the draw from
-        the posterior, and lost coordinates of z. In evaluation nothing is damaged.
+        the posterior, and lost coordinates of z. In evaluation the loss is of undamaged vectors.
         """
         c = self.config
         tokens = tokens.unflatten(-1, (-1, c.chunk_size))  # (..., L, K)
         inputs = tokens
         if self.training:
             # "DropToken": some tokens become id 0, and must be guessed from the others in the
-            # chunk. Id 0 is a real token, too, but one that hardly occurs: as a byte, never.
+            # chunk. Id 0 is a real token, too; among bytes it is one that no text has.
             lost = torch.rand(tokens.shape, device=tokens.device) < c.dropout
             inputs = tokens.masked_fill(lost, 0)
         mean, log_std = self.encode(inputs)  # (..., L, l) each
@@ -181,9 +187,9 @@ class Autoencoder(nn.Module):
         metrics = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
         if not self.training:  # not in training: it would read all logits once more at every step
             metrics["accuracy"] = (logits.argmax(-1) == tokens).float().mean()
-            # The paper's test of robustness is the accuracy with noise of size 0.3 on z. It is more
-            # than the decoder was trained with: after a run of the preset `quick`, the posteriors
-            # had a std of 0.15. It is far less than the 1.4 between the means of different chunks.
+            # The paper's test of robustness is the accuracy with noise of size 0.3 on z, coordinate
+            # by coordinate. That is more than in training: after a run of the preset `quick`, the
+            # posteriors had a std of 0.15. It is far less than 1.4, the std of their means.
             noisy = self.decode(mean + 0.3 * torch.randn_like(mean))
             metrics["accuracy_noise_0.3"] = (noisy.argmax(-1) == tokens).float().mean()
         loss = reconstruction + c.kl_weight * kl

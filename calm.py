@@ -43,8 +43,8 @@ class CALMConfig:
 
 @dataclass
 class TransformerConfig:
-    """The paper's discrete Transformer-S. It has 281 M parameters with Llama 3's tokens, of which
-    the embedding and the un-embedding have 98 M each.
+    """The paper's discrete Transformer-S. It has 281 M parameters with Llama 3's tokens. Of these,
+    the embedding and the un-embedding, the map to the logits, have 98 M each.
     """
 
     vocab_size: int
@@ -82,10 +82,11 @@ class KVCache:
 def rotate(x, positions):
     """Rotary position embedding: x (B, H, steps, size), positions (steps,) -> like x.
 
-    Coordinates j and j + half of x are a point in a plane. It turns by the angle position ·
-    theta^(-j / half): fast for small j, slowly for large. Let q be at position m and k at n.
-    Turning both back by k's angle leaves q·k as it is. Then k is not turned, and q is turned by the
-    angle of m - n. So of their positions only the difference counts.
+    Attention alone does not know the order of its inputs. So queries and keys are turned, by an
+    angle that grows with the position. Coordinates j and j + half of x are a point in a plane,
+    which is turned by position · theta^(-j / half): fast for small j, slowly for large. If q at
+    position m and k at n are both turned back by k's angle, q·k stays as it is. Then k is not
+    turned, and q is turned by the angle of m - n. So only the difference of positions counts.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
@@ -140,7 +141,7 @@ class TransformerBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A LLaMA-style Transformer: (B, steps, d) -> (B, steps, d). A step is a chunk or a token.
+    """A Transformer like LLaMA's: (B, steps, d) -> (B, steps, d). A step is a chunk or a token.
     With a cache that holds steps already, x is the one step after them.
     """
 
@@ -154,8 +155,8 @@ class Backbone(nn.Module):
         begin = 0
         if cache is not None:
             begin = cache.length
-        # The mask would take the first of several new steps for the first of all steps.
-        assert begin == 0 or steps == 1, "behind a cache, take one step at a time"
+        # With several new steps, `is_causal` would hide from them the steps in the cache.
+        assert begin == 0 or steps == 1, "after a filled cache, take one step at a time"
         positions = torch.arange(begin, begin + steps, device=x.device)
         for layer, block in enumerate(self.blocks):
             x = block(x, positions, cache, layer)
@@ -181,13 +182,14 @@ class CALM(nn.Module):
         self.backbone = Backbone(config)
         self.apply(init_by_width)  # the head, below, does this itself
         self.head = EnergyHead(d, config.latent_size, config.noise_size, config.n_head_blocks)
-        # The autoencoder is trained before, and then frozen: the targets must not move.
+        # The autoencoder is trained before, and then frozen: the targets must not move. (It has no
+        # part that behaves otherwise in training mode, but for its `forward`, which is not called.)
         self.autoencoder = autoencoder.requires_grad_(False)
 
     def compress(self, tokens):
         """(B, T) -> (B, L, d): the K embeddings of each chunk become one input of the backbone."""
-        # The input is the chunk's tokens rather than its vector. In generation that is the decoded
-        # text, so that the error of a predicted vector is not carried into the next step.
+        # The input is the chunk's tokens rather than its vector. In generation they are decoded
+        # from a predicted vector, so that its error is not carried into the next step.
         chunks = tokens.unflatten(1, (-1, self.config.chunk_size))  # (B, L, K)
         x = self.embedding(chunks).flatten(-2)  # (B, L, K·d)
         return self.compression(x)
@@ -207,7 +209,7 @@ class CALM(nn.Module):
         with torch.no_grad():
             mean, log_std = self.autoencoder.encode(chunks[:, 1:])  # (B, L-1, l) each
         loss, fidelity, diversity = energy_loss(samples, mean, log_std, c.n_targets, c.alpha)
-        # Their gap shows how far training is: it closes when head and data agree.
+        # Fidelity above diversity: the draws spread too little. Where they agree, lower is better.
         metrics = {"fidelity": fidelity.detach(), "diversity": diversity.detach()}
         if not self.training:
             # One draw at each of 512 positions is enough for a mean.
@@ -216,9 +218,8 @@ class CALM(nn.Module):
 
     @torch.no_grad()
     def confidence(self, latents):
-        """How confident is the decoder about drawn vectors? (n, l) -> the mean probability that it
-        gives the chunk it reads. It is near 1 for the vectors of real chunks, and lower between
-        them.
+        """How confident is the decoder about drawn vectors? (n, l) -> the mean probability of the
+        most probable chunk. It is near 1 at the vectors of real chunks, and lower between them.
         """
         best = self.autoencoder.decode(latents).softmax(-1).amax(-1)  # (n, K)
         return best.prod(-1).mean()
@@ -271,7 +272,7 @@ class TransformerLM(nn.Module):
 # ------ BrierLM  (paper, section 4)
 #
 # The usual score, perplexity, is exp of the mean of -log P(token). It needs the probability of the
-# text, which CALM does not have. The Brier score gets by with samples. For a prediction P and the
+# text, which CALM does not have. The Brier score needs samples only. For a prediction P and the
 # outcome y it is 2 P(y) - sum_x P(x)^2. Let y come from Q. The score's mean is
 #
 #     sum_x (2 P(x) Q(x) - P(x)^2) = sum_x Q(x)^2 - sum_x (P(x) - Q(x))^2,
@@ -280,7 +281,7 @@ class TransformerLM(nn.Module):
 # since P(y) is how often a draw equals y, and sum_x P(x)^2 how often two draws are equal.
 #
 # The outcome of Brier-n is the next n tokens, all of them together. BrierLM is the geometric mean
-# of Brier-1 to Brier-4: if one of them is near 0, so is BrierLM.
+# of Brier-1 to Brier-4: if one of them is 0, so is BrierLM.
 
 
 def prefix_matches(first, second):
@@ -322,12 +323,10 @@ def draw_continuations(model, tokens, at, n):
     drawn = []
     for i in reversed(at):
         cache.length = i + 1
-        h = hidden[:, i]  # (n·B, d)
-        chunks = []
-        for _ in range(n_chunks):
-            chunk = model.draw_chunks(h, 1)[0]  # (n·B, K)
-            chunks.append(chunk)
-            h = model.hidden_states(chunk, cache)[:, 0]  # (n·B, d)
+        chunks = [model.draw_chunks(hidden[:, i], 1)[0]]  # (n·B, K)
+        while len(chunks) < n_chunks:
+            h = model.hidden_states(chunks[-1], cache)[:, 0]  # (n·B, d)
+            chunks.append(model.draw_chunks(h, 1)[0])
         drawn.append(torch.cat(chunks, dim=-1).view(n, B, -1))  # (n, B, C)
     return torch.stack(drawn[::-1], dim=2), target
 

@@ -2,7 +2,7 @@
 
 There is no softmax over vectors, because there are infinitely many of them. The energy head is only
 a *sampler*: it turns a hidden state and random noise into one vector. It cannot say how probable a
-vector is. The energy score does not ask: samples are enough to tell a good sampler from a bad one.
+vector is. The energy score needs no probabilities: samples tell a good sampler from a bad one.
 
     hidden state h, noise u --energy head--> a draw z of the next chunk's vector
     N draws for one h, M draws of the true vector --energy score--> a number to be maximised
@@ -35,18 +35,19 @@ from autoencoder import NORM_EPS, init_by_width
 # change the last term. So we ask whether D is 0 at P = Q, and positive everywhere else.
 #
 # Take alpha = 1 and numbers on a line. Then |x - y| is the length of the interval of all t between
-# x and y. So E |x - y| is the integral, over all t, of the probability that t lies between them.
-# Let F(t) be the probability that x <= t, and G(t) that of y <= t. Then t lies between x and y with
-# probability F (1 - G) + G (1 - F), between x' and x'' with 2 F (1 - F), and between y' and y''
-# with 2 G (1 - G). All together:
+# x and y: the integral, over all t, of 1 if t lies between them, and 0 if not. So E |x - y| is the
+# integral of the probability that t lies between them. Let F(t) be the probability that x <= t, and
+# G(t) that of y <= t. Then t lies between x and y with probability F (1 - G) + G (1 - F), between
+# x' and x'' with 2 F (1 - F), and between y' and y'' with 2 G (1 - G). All together:
 #
 #     D = ∫ 2 F (1 - G) + 2 G (1 - F) - 2 F (1 - F) - 2 G (1 - G) dt = 2 ∫ (F - G)^2 dt.
 #
 # This is 0 if F = G everywhere, and positive otherwise. In more dimensions, the mean length of the
 # projections of x - y on all lines through the origin is proportional to |x - y|, since no
 # direction is special. So D is, but for a factor, a mean of such integrals. It is 0 only if P and Q
-# agree on every line, and then they are equal (the theorem of Cramér and Wold). The other alpha
-# below 2: Gneiting and Raftery, "Strictly Proper Scoring Rules", 2007, section 4.3.
+# look the same from every direction, and then they are equal (the theorem of Cramér and Wold). For
+# the other alpha below 2, see Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and
+# Estimation", 2007, section 4.3.
 #
 # For alpha = 2 it fails. Expanding the squares leaves D = 2 |E x - E y|^2, which compares the means
 # and nothing else: a sampler that always draws the mean of Q would have the best possible score.
@@ -65,7 +66,7 @@ def fidelity_and_diversity(samples, targets, alpha=1.0):
     assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
 
     # `cdist` computes |x|^2 + |y|^2 - 2 x·y. Far from the origin these are large numbers with a
-    # small difference, and rounding would swamp it. So we move all points first, until the targets'
+    # small difference, which rounding would spoil. So we move all points first, until the targets'
     # mean is the origin. Distances do not change.
     centre = targets.mean(0)  # (..., l)
     x = (samples - centre).movedim(0, -2)  # (..., N, l)
@@ -98,9 +99,9 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
     loss = 2 · fidelity - diversity. A perfect head has fidelity = diversity, on average over texts.
     (paper, section 3; released: `EnergyTransformer.energy_score`)
 
-    The targets are draws and not the mean, because the decoder reads any likely draw as the same
-    chunk. A head that spreads like the posterior is perfect; one that has to hit the mean would
-    spend its effort on differences that no decoder sees.
+    The decoder reads any likely draw of a posterior as the same chunk. So Q, which the head should
+    learn, is a mixture: first a chunk that may follow, then a draw from its posterior. A head that
+    had to hit the posteriors' means would spend its effort on differences that no decoder sees.
     """
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
     # M = 1 would be unbiased, too; more targets reduce the variance. To save time, all positions
@@ -156,9 +157,9 @@ class EnergyHead(nn.Module):
         self.apply(init_by_width)
         # As released, the last map W starts at zero, and so does its bias: all first draws are z =
         # W a = 0. What parts them? The input a of W depends on the noise and differs from draw to
-        # draw. Diversity has no gradient yet, since all distances are 0, but fidelity has: it pulls
-        # the draws towards the data. After one step W is no longer zero, the draws W a differ, and
-        # diversity begins to push them apart.
+        # draw. Diversity has no gradient yet (below the clamp the slope is 0), but fidelity has: it
+        # pulls the draws towards the data. After one step W is no longer zero, the draws W a
+        # differ, and diversity begins to push them apart.
         nn.init.zeros_(self.final[-1].weight)
 
     def forward(self, hidden, noise):
@@ -176,4 +177,5 @@ class EnergyHead(nn.Module):
         """n independent draws for each hidden state: (..., d) -> (n, ..., l)."""
         shape = (n, *hidden.shape[:-1], self.noise_size)
         noise = torch.rand(shape, generator=generator, device=hidden.device, dtype=hidden.dtype)
-        return self(hidden, noise - 0.5)  # uniform in [-1/2, 1/2), as released
+        # Uniform in [-1/2, 1/2), as released. (The head can make any distribution of it.)
+        return self(hidden, noise - 0.5)

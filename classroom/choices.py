@@ -147,25 +147,24 @@ def main():
     parser.add_argument("--autoencoder", default="out/quick", help="the run that has trained it")
     parser.add_argument("--out_dir", default="out/choices", help="where all that it writes goes")
     folders = parser.parse_args()
-    autoencoder, _ = sample.load_model(folders.autoencoder, "autoencoder")
-    saved = sample.load_checkpoint(folders.autoencoder, "autoencoder")
-    changed = {"out_dir": folders.out_dir, "resume": False, "optimizer": "adamw", "lr": 3e-3}
-    changed |= {"device": sample.pick_device("auto"), "dtype": "float32", "compile": False}
-    args = argparse.Namespace(**saved["settings"] | changed)
+    settings = sample.load_checkpoint(folders.autoencoder, "autoencoder")["settings"]
+    changed = {"resume": False, "optimizer": "adamw", "lr": 3e-3, "compile": False}
+    changed |= {"device": sample.pick_device("auto"), "dtype": "float32"}
+    args = argparse.Namespace(**settings | changed | vars(folders))
     there = Path(args.out_dir, "choices.pt").exists()
     sample.check(not there, f"{args.out_dir} holds a trained choices.pt: name another --out_dir")
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
     data = train.load_tokens(args)
 
-    train.seed_step(args.seed, 0)
-    config = train.model_configs(args, data.encoding.n_vocab)["calm"]
-    model = ChoiceCALM(CALMConfig(**config), autoencoder)
+    calm, log = train.new_model("calm", args, data)
+    autoencoder = calm.autoencoder.eval()
+    model = ChoiceCALM(calm.config, autoencoder)
     chunks = train.random_windows(data.train, 20_000, args.chunk_size)
     model.head.start_from(autoencoder, chunks)
     right = autoencoder.decode(model.head.sums(chunks[:1000])).argmax(-1) == chunks[:1000]
     print(f"the decoder finds {right.float().mean():.2%} of the tokens in sums of their codes")
 
-    log = train.train("choices", model, args, data, saved["log"])
+    log = train.train("choices", model, args, data, log)
     train.finish("choices", model, args, data, log)
 
 

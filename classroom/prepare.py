@@ -98,16 +98,17 @@ def train_bpe(pieces, vocab_size):
 
 
 def choose_held_out(sizes, share):
-    """The numbers of whole documents to hold out, spread over the text, which make up about this
-    share of it: between half and twice as much. None if no documents do, or there is just one.
+    """The numbers of whole documents for validation and for test, two sets, spread over the text.
+    Each makes up about this share of it: between half and twice as much. None if that cannot be.
     """
-    chosen, held, seen = [], 0, 0
+    chosen, held, seen = (set(), set()), [0, 0], 0
     for i, size in enumerate(sizes):
         seen += size
-        if held + size / 2 < share * seen:  # nearer to the share with it than without
-            chosen.append(i)
-            held += size
-    if len(chosen) > 1 and share / 2 < held / seen < 2 * share:
+        smaller = held.index(min(held))
+        if held[smaller] + size / 2 < share * seen:  # nearer to the share with it than without
+            chosen[smaller].add(i)
+            held[smaller] += size
+    if min(held) > share / 2 * seen and max(held) < 2 * share * seen:
         return chosen
     return None
 
@@ -136,12 +137,13 @@ def main():
         if args.vocab_size > 256:
             pieces.update(match[0] for match in regex.finditer(sample.PATTERN, document))
     check(sizes, f"there is no text in {args.source}")
-    ranks, held_out = train_bpe(pieces, args.vocab_size), choose_held_out(sizes, 2 * args.held_out)
+    ranks, held_out = train_bpe(pieces, args.vocab_size), choose_held_out(sizes, args.held_out)
 
     # The second: each document becomes tokens, with one end-of-text token behind them. data.json
     # says that the folder is complete: it goes first and comes last.
     args.folder.mkdir(parents=True, exist_ok=True)
-    (args.folder / "data.json").unlink(missing_ok=True)
+    for name in ("data.json", "train.bin", "validation.bin", "test.bin"):
+        (args.folder / name).unlink(missing_ok=True)  # not changed: a run may be reading them
     encoding, digest = sample.make_encoding(ranks), hashlib.sha256()
     with (
         open(args.folder / "train.bin", "wb") as train_file,
@@ -155,14 +157,13 @@ def main():
                 ids = np.frombuffer(document.encode(), np.uint8)
             tokens = np.append(ids, encoding.eot_token).astype(np.int32)
             digest.update(tokens.tobytes())
-            # Of the documents held out, every other one is for validation, the rest for test.
-            # Where whole ones would be too much or too little, the ends of all are held out.
+            # Where whole documents would be too much or too little, the ends of all are held out.
             cuts = [len(tokens), len(tokens)]
             if held_out is None:
                 cuts = [round(len(tokens) * (1 - n * args.held_out)) for n in (2, 1)]
-            elif i in held_out[::2]:
+            elif i in held_out[0]:
                 cuts = [0, len(tokens)]
-            elif i in held_out[1::2]:
+            elif i in held_out[1]:
                 cuts = [0, 0]
             files = (train_file, validation_file, test_file)
             for file, part in zip(files, np.split(tokens, cuts)):

@@ -1,7 +1,8 @@
 """From text to text, as a user does it: train.py, then sample.py, on a text that repeats itself."""
 
+import contextlib
+import io
 import json
-import subprocess
 import sys
 
 import pytest
@@ -21,10 +22,12 @@ def repeating(tmp_path_factory):
     """A whole run of train.py: the folder that it leaves, and its output."""
     folder = tmp_path_factory.mktemp("repeating")
     (folder / "text.txt").write_text(LINE * 600)
-    command = [sys.executable, train.__file__, *SIZES]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    return folder / "run", done.stdout
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *SIZES])
+        train.main()
+    return folder / "run", printed.getvalue()
 
 
 @pytest.fixture

@@ -34,6 +34,10 @@ from calm import CALMConfig, TransformerConfig, brier_lm, evaluate_brier
 from sample import check
 
 # ------ Settings: each row is a flag, each preset a column of defaults
+#
+# A run reads steps · batch_size · context tokens. These are 23 million in `quick`, which is five
+# times all that there is to learn from in the plays; 2.6 billion in `gpu`; and 524 billion, as
+# published, in `calm_m`.
 
 PRESETS = ("quick", "gpu", "calm_m")  # minutes on two cores; hours on a GPU; published sizes
 SETTINGS = {
@@ -47,7 +51,7 @@ SETTINGS = {
     "hidden_size": (128, 768, 1024, "d, width of the Transformer and of the head"),
     "n_layers": (4, 12, 16, "layers; the head has a quarter as many blocks"),
     "n_heads": (4, 12, 16, "attention heads"),
-    # The paper has N = 8, M = 100, alpha = 1 and AdamW. Models of our sizes learn slowly with that.
+    # The paper has N = 8, M = 100 and alpha = 1. Models of our sizes learn slowly with that.
     "n_samples": (4, 8, 8, "N, draws of the head for a position"),
     "n_targets": (25, 100, 100, "M, draws of the posterior for a position"),
     "alpha": (0.25, 0.25, 1.0, "exponent of the distances in the loss"),
@@ -55,9 +59,9 @@ SETTINGS = {
     "batch_size": (16, 32, 256, "sequences in a step"),
     "gradient_accumulation_steps": (1, 2, 64, "parts of a batch: less memory"),
     "autoencoder_steps": (500, 10_000, 7_500, "steps of the autoencoder"),
-    "steps": (4000, 40_000, 250_000, "steps of CALM, or of the baseline"),
-    "optimizer": ("muon", "muon", "adamw", "muon or adamw, for the matrices"),
-    "lr": (4e-3, 3e-4, 3e-4, "highest learning rate: small models need more"),
+    "steps": (5600, 40_000, 250_000, "steps of CALM, or of the baseline"),
+    "optimizer": ("adamw", "muon", "adamw", "adamw or muon, for the matrices"),
+    "lr": (2e-3, 3e-4, 3e-4, "highest learning rate: small models need more"),
     "eval_interval": (400, 1000, 500, "steps between two scores, with a checkpoint"),
 }
 MAY_BE_0 = ("dropout", "kl_weight", "kl_floor")  # all other numbers must be positive
@@ -96,12 +100,13 @@ def parse_settings():
         value = getattr(args, name)
         fits = isinstance(value, str) or value > 0 or value == 0 and name in MAY_BE_0
         check(fits, f"--{name} {value} is too small")
-    check(args.optimizer in ("muon", "adamw"), "--optimizer is muon or adamw")
+    check(args.optimizer in ("muon", "adamw"), "--optimizer is adamw or muon")
     check(args.seed >= 0, "--seed must be 0 or more")
     check(args.dropout < 1, "--dropout must be below 1")
     check(args.n_samples > 1, "--n_samples must be 2 or more: diversity is a mean over pairs")
     check(args.alpha < 2, "--alpha must be below 2: energy_head.py says why")
-    # A sequence is whole chunks. For a score, 4 tokens must follow the first of them.
+    # A sequence is whole chunks. For a score, 4 tokens must follow the first of them: BrierLM looks
+    # at the next 4 tokens.
     K = args.chunk_size
     fits = args.context % K == 0 and args.context >= K + 4
     check(fits, f"--context must be a multiple of --chunk_size {K}, at least {K + 4}")
@@ -243,63 +248,16 @@ def spread_windows(tokens, length):
 
 
 # ------ Optimisers
-#
-# After the backward pass each weight has a gradient, and an optimiser makes a step of it. AdamW
-# scales the step of each weight by itself. Muon looks at a matrix as a whole.
-
-
-class Muon(torch.optim.Optimizer):
-    """For matrices. The gradients so far add up to a matrix G = U S V^T, in which a few singular
-    values are large: what many examples share counts most. Muon steps along U V^T instead, in which
-    all are 1, so that what few examples show is learnt as fast. It scales the step to the size of
-    AdamW's.  (https://kellerjordan.github.io/posts/muon)
-
-    `torch.optim.Muon` is the same, but always in bfloat16, which most CPUs have to imitate, ten
-    times as slowly. This one computes in float32, or under autocast in the precision of the run.
-    """
-
-    def __init__(self, matrices):
-        super().__init__(matrices, {"lr": 0.0})  # `train` sets the rate at each step
-
-    @torch.no_grad()
-    def step(self):
-        group = self.param_groups[0]
-        for weight in group["params"]:
-            # m = 0.95 m + 0.05 g, a running mean of the gradients g. Then, as Nesterov proposed,
-            # the newest gradient is mixed in once more: 0.95 m + 0.05 g.
-            state = self.state[weight]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(weight)
-            momentum = state["momentum"].lerp_(weight.grad, 0.05)
-            direction = weight.grad.lerp(momentum, 0.95)
-            # The squares of all entries of U V^T add up to its number of singular values, the
-            # smaller side. So an entry's size is 1/sqrt(larger side). Here it becomes 0.2, as large
-            # as AdamW's steps usually are.
-            size = 0.2 * max(weight.shape) ** 0.5
-            weight.mul_(1 - group["lr"] * WEIGHT_DECAY)
-            weight.sub_(group["lr"] * size * orthogonalise(direction))
-
-
-def orthogonalise(G):
-    """U V^T, nearly, for a matrix G = U S V^T: (rows, columns) -> like G.
-
-    X X^T X = U S^3 V^T: odd powers of a matrix change S and leave U and V alone. So a polynomial
-    s -> a s + b s^3 + c s^5 of all singular values needs matrix products only. Applied five times,
-    the one here brings any s between 0.002 and 1 to between 0.7 and 1.2. (a, b, c: Muon's own.)
-    """
-    if G.shape[0] > G.shape[1]:
-        return orthogonalise(G.T).T  # X X^T is then the smaller one of X X^T and X^T X
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X = G / G.norm().clamp_min(1e-7)  # now no singular value is above 1
-    for _ in range(5):
-        A = X @ X.T
-        X = a * X + (b * A + c * A @ A) @ X
-    return X
 
 
 def make_optimisers(model, name):
     """Two optimisers for all that is trained: one for the matrices ("muon" or "adamw"), and AdamW
     without weight decay for embeddings, un-embedding, biases and norms.
+
+    AdamW scales the step of each weight by itself. Muon looks at a matrix as a whole: it makes all
+    singular values of its step equal, so that what few examples show is learnt as fast as what many
+    share (https://kellerjordan.github.io/posts/muon). It learns more from a token, but multiplies
+    matrices for it, in bfloat16: on most CPUs that is far too slow.
     """
     matrices = []
     others = []
@@ -308,8 +266,10 @@ def make_optimisers(model, name):
             matrices.append(p)
         elif p.requires_grad:  # not the frozen autoencoder's
             others.append(p)
-    first = Muon(matrices)
-    if name == "adamw":
+    if name == "muon":  # with steps as large as AdamW's, so that both have the same rates
+        size = "match_rms_adamw"
+        first = torch.optim.Muon(matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn=size)
+    else:
         first = torch.optim.AdamW(matrices, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     return [first, torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)]
 
@@ -347,7 +307,10 @@ def write(path, content):
 
 
 def save_checkpoint(kind, model, optimisers, args, data, progress):
-    """Writes the log so far, and {kind}.pt, all that a resumed run or `sample.load_model` needs."""
+    """Writes the log so far, and {kind}.pt. With its weights, the running means of the optimisers
+    and the step, training goes on as if nothing had happened; the rest says what it goes on with.
+    Sizes and tokenizer let `sample.load_model` read the file without anything else.
+    """
     configs = {kind: vars(model.config)}
     if hasattr(model, "autoencoder"):
         configs["autoencoder"] = vars(model.autoencoder.config)
@@ -460,13 +423,11 @@ def train(kind, model, args, data, log):
             losses.append(loss.detach())
 
         # One step. A gradient longer than 1 is cut to that length, so that a single strange batch
-        # does not dominate the running means of the optimisers. (Muon multiplies matrices, too, so
-        # it steps under autocast.)
+        # does not dominate the running means of the optimisers.
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
-        with precision:
-            for optimiser in optimisers:
-                optimiser.step()
-                optimiser.zero_grad()
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
 
         # Python has only queued all this: a GPU still works on it. Unless there is something to
         # report, we go on and queue the next step, so that the GPU never has to wait for Python.
@@ -570,7 +531,9 @@ def brier_lm_of_frequencies(train_tokens, sequences, vocab_size):
 
 
 def draw_curves(path, log):
-    """The scores of a log, on validation text, over the tokens of training: a picture."""
+    """Draws the rows of a log, over the tokens of training: the loss on training text; fidelity,
+    diversity, Brier scores and confidence on validation text.
+    """
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     tokens = [row["tokens"] / 1e6 for row in log]
@@ -596,8 +559,10 @@ def finish(kind, model, args, data, log):
     """
     summary = {"data": data.about, "config": vars(args), "seed": args.seed, "device": args.device}
     summary["torch"] = torch.__version__
+    # The last row of a stage has the scores of the test text, too. They take the place of those of
+    # the validation text: only they are of a text by which nothing was chosen.
     for row in log:
-        if "test" in row:  # the last row of a stage: scores of the test text are those to quote
+        if "test" in row:
             summary[row["stage"]] = row | row["test"]
     last = summary[kind]
     positions = last.get("positions")
@@ -605,6 +570,7 @@ def finish(kind, model, args, data, log):
     write(path_of(args, kind, "summary.json"), json.dumps(summary, indent=1).encode())
     if kind == "autoencoder":
         return
+    # At T = 1 a text has the model's own distribution. At T = 1/2 it is more careful.
     text = ""
     for temperature in (1.0, 0.5):
         seed_step(args.seed, 0)
@@ -652,12 +618,14 @@ def main():
     if args.autoencoder:
         check("calm" in kinds, "--autoencoder is for training CALM")
         kinds = ["calm"]
+    # What took hours to train is not overwritten: neither a model, nor the autoencoder whose
+    # vectors a CALM has learnt.
     models = {path.stem for path in Path(args.out_dir).glob("*.pt")}
     if args.resume:
         check(models, f"{args.out_dir} holds no run: leave out --resume")
         borrowed = "calm" in models and "autoencoder" not in models
         check(args.autoencoder or not borrowed, f"{args.out_dir} needs its --autoencoder again")
-    for kind in kinds:  # what took hours to train is not overwritten
+    for kind in kinds:
         check(args.resume or kind not in models, f"{args.out_dir} holds a trained {kind}.pt: go on "
               "with it (--resume), name another --out_dir, or delete the folder")  # fmt: skip
     alone = args.stage != "autoencoder" or "calm" not in models
@@ -673,7 +641,7 @@ def main():
     print(f"{args.data}: {len(data.train):,} tokens to train on, {len(data.validation):,} to "
           f"validate, {len(data.test):,} to test", flush=True)  # fmt: skip
 
-    # One stage after the other.
+    # One stage after the other. The second reads from a checkpoint what the first has written.
     for kind in kinds:
         model, log = new_model(kind, args, data)
         log = train(kind, model, args, data, log)

@@ -45,7 +45,7 @@ def test_a_run_learns_the_text_perfectly_and_leaves_what_it_promises(repeating):
     out_dir, stdout = repeating
     assert {"autoencoder.pt", "calm.pt"} <= {path.name for path in out_dir.iterdir()}
     assert (out_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
-    text = (out_dir / "sample.txt").read_text()
+    text = (out_dir / "sample.txt").read_text(encoding="utf-8")
     assert LINE * 10 in text.split("temperature 0.5")[1] and text in stdout
     assert "temperature 1.0" in text and "BrierLM" in stdout.splitlines()[-1]
     rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]

@@ -22,7 +22,7 @@ from test_sample import BYTES, on_machine, rank_file
 
 import train
 from calm import brier_lm, brier_score
-from classroom import prepare
+from classroom import choices, prepare
 
 END = sample.END_OF_TEXT
 SCRIPT = [sys.executable, train.__file__]
@@ -240,6 +240,18 @@ def test_what_is_trained_is_not_trained_over(undisturbed, tmp_path):
         train_in(tmp_path, *SIZES, "--stage", "autoencoder")
     with pytest.raises(sample.UserError, match="--autoencoder again"):
         train_in(tmp_path, *SIZES, "--resume")
+
+
+def test_the_head_of_choices_trains_on_the_autoencoder_of_a_run(undisturbed, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(undisturbed)
+        words = ["choices.py", "--autoencoder", "run", "--out_dir", str(tmp_path)]
+        patch.setattr(sys, "argv", words)
+        choices.main()
+    summary = json.loads((tmp_path / "choices_summary.json").read_text())
+    assert summary["choices"]["step"] == 24 and summary["autoencoder"]["step"] == 12
+    model, encoding = choices.load(tmp_path)
+    assert sample.write_text(model, encoding, "to be", 8, 0.5).startswith("to be")
 
 
 def test_a_model_learns_from_one_part_chooses_by_the_next_and_is_tested_on_the_last(tmp_path):

@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # RMSNorm divides a vector by the root of its mean square; LayerNorm subtracts the mean first. Both
-# add this to what they divide by, as released, since it may be 0.
+# add this under the root, as released, since the square may be 0.
 NORM_EPS = 1e-6
 
 
@@ -134,8 +134,8 @@ class Autoencoder(nn.Module):
         self.decoder_norm = nn.RMSNorm(d, eps=NORM_EPS)
         self.apply(init_by_width)
         # The embedding is used twice ("tied"): as rows to look up here, and in `decode` as the map
-        # to the logits. There std 1/sqrt(d), as for any map, gives logits of size 1. (The encoder
-        # does not mind the small rows: its blocks begin with a norm.)
+        # to the logits. There std 1/sqrt(d), as for any map, gives logits of size 1. (The small
+        # rows do no harm: a block norms what it reads, and what it adds has size 1.)
         nn.init.normal_(self.embedding.weight, std=d**-0.5)
 
     def encode(self, tokens):
@@ -188,8 +188,9 @@ class Autoencoder(nn.Module):
         if not self.training:  # not in training: it would read all logits once more at every step
             metrics["accuracy"] = (logits.argmax(-1) == tokens).float().mean()
             # The paper's test of robustness is the accuracy with noise of size 0.3 on z, coordinate
-            # by coordinate. That is more than in training: after a run of the preset `quick`, the
-            # posteriors had a std of 0.15. It is far less than 1.4, the std of their means.
+            # by coordinate. In training the noise is smaller: the posteriors had a std of 0.15
+            # after a run of the preset `quick`. The means of all chunks had one of 1.4, so there is
+            # room for both.
             noisy = self.decode(mean + 0.3 * torch.randn_like(mean))
             metrics["accuracy_noise_0.3"] = (noisy.argmax(-1) == tokens).float().mean()
         loss = reconstruction + c.kl_weight * kl

@@ -182,8 +182,8 @@ class CALM(nn.Module):
         self.backbone = Backbone(config)
         self.apply(init_by_width)  # the head, below, does this itself
         self.head = EnergyHead(d, config.latent_size, config.noise_size, config.n_head_blocks)
-        # The autoencoder is trained before, and then frozen: the targets must not move. (It has no
-        # part that behaves otherwise in training mode, but for its `forward`, which is not called.)
+        # The autoencoder is trained before, and then frozen: the targets must not move. (Training
+        # mode changes its `forward` alone, which is not called here.)
         self.autoencoder = autoencoder.requires_grad_(False)
 
     def compress(self, tokens):
@@ -209,7 +209,8 @@ class CALM(nn.Module):
         with torch.no_grad():
             mean, log_std = self.autoencoder.encode(chunks[:, 1:])  # (B, L-1, l) each
         loss, fidelity, diversity = energy_loss(samples, mean, log_std, c.n_targets, c.alpha)
-        # Fidelity above diversity: the draws spread too little. Where they agree, lower is better.
+        # Fidelity above diversity: the draws miss the data, or spread too little. If the two are
+        # equal, so is the loss, and lower is better.
         metrics = {"fidelity": fidelity.detach(), "diversity": diversity.detach()}
         if not self.training:
             # One draw at each of 512 positions is enough for a mean.
@@ -222,7 +223,7 @@ class CALM(nn.Module):
         most probable chunk. It is near 1 at the vectors of real chunks, and lower between them.
         """
         best = self.autoencoder.decode(latents).softmax(-1).amax(-1)  # (n, K)
-        return best.prod(-1).mean()
+        return best.prod(-1).mean()  # given z, the decoder's K distributions are independent
 
     @torch.no_grad()
     def draw_chunks(self, hidden, n, generator=None):

@@ -22,8 +22,8 @@ from autoencoder import NORM_EPS, init_by_width
 #
 #     S(P, y) = E |x' - x''|^alpha  -  2 E |x - y|^alpha
 #
-# x, x' and x'' are independent draws from P. All are vectors, and |.| is the length of one. The
-# paper has alpha = 1.
+# E is the mean over independent draws x, x' and x'' from P; y is given. All are vectors, and |.| is
+# the length of one. The paper has alpha = 1.
 #
 # Let the outcomes y come from Q, the distribution of what really follows. We want the mean of S to
 # be largest if P = Q, and only then: such a score is *strictly proper*, and whoever maximises it
@@ -46,8 +46,9 @@ from autoencoder import NORM_EPS, init_by_width
 # projections of x - y on all lines through the origin is proportional to |x - y|, since no
 # direction is special. So D is, but for a factor, a mean of such integrals. It is 0 only if P and Q
 # look the same from every direction, and then they are equal (the theorem of Cramér and Wold). For
-# the other alpha below 2, see Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and
-# Estimation", 2007, section 4.3.
+# the other alpha below 2, our 1/4 too, see Gneiting and Raftery, "Strictly Proper Scoring Rules,
+# Prediction, and Estimation", 2007, section 4.3. They all agree on the best P, and differ on others:
+# a small alpha punishes small errors more (classroom/experiments.md, entry 5).
 #
 # For alpha = 2 it fails. Expanding the squares leaves D = 2 |E x - E y|^2, which compares the means
 # and nothing else: a sampler that always draws the mean of Q would have the best possible score.
@@ -65,8 +66,8 @@ def fidelity_and_diversity(samples, targets, alpha=1.0):
     assert N >= 2, "the diversity of a sampler needs at least 2 samples"
     assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
 
-    # `cdist` computes |x|^2 + |y|^2 - 2 x·y. Far from the origin these are large numbers with a
-    # small difference, which rounding would spoil. So we move all points first, until the targets'
+    # `cdist` is the root of |x|^2 + |y|^2 - 2 x·y. Far from the origin, these are large numbers with
+    # a small difference, which rounding would spoil. So we move all points first, until the targets'
     # mean is the origin. Distances do not change.
     centre = targets.mean(0)  # (..., l)
     x = (samples - centre).movedim(0, -2)  # (..., N, l)
@@ -99,9 +100,10 @@ def energy_loss(samples, mean, log_std, n_targets=100, alpha=1.0, generator=None
     loss = 2 · fidelity - diversity. A perfect head has fidelity = diversity, on average over texts.
     (paper, section 3; released: `EnergyTransformer.energy_score`)
 
-    The decoder reads any likely draw of a posterior as the same chunk. So Q, which the head should
-    learn, is a mixture: first a chunk that may follow, then a draw from its posterior. A head that
-    had to hit the posteriors' means would spend its effort on differences that no decoder sees.
+    The decoder reads any likely draw of a posterior as the same chunk, so any of them is a good
+    target. What the head should learn, Q, is then a mixture: first a chunk that may follow, then a
+    draw from its posterior. A head that had to hit the posteriors' means would spend its effort on
+    differences that no decoder sees.
     """
     samples, mean, log_std = samples.float(), mean.float(), log_std.float()
     # M = 1 would be unbiased, too; more targets reduce the variance. To save time, all positions
@@ -177,5 +179,5 @@ class EnergyHead(nn.Module):
         """n independent draws for each hidden state: (..., d) -> (n, ..., l)."""
         shape = (n, *hidden.shape[:-1], self.noise_size)
         noise = torch.rand(shape, generator=generator, device=hidden.device, dtype=hidden.dtype)
-        # Uniform in [-1/2, 1/2), as released. (The head can make any distribution of it.)
+        # Uniform in [-1/2, 1/2), as released. (The head turns it into another distribution.)
         return self(hidden, noise - 0.5)

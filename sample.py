@@ -89,12 +89,12 @@ def bernoulli_factory(draws, x, a, generator=None):
 
         P(accept) = p · [1 + q (1 - a) + q^2 (1 - a) (1 - a/2) + q^3 (1 - a) (1 - a/2) (1 - a/3) …]
 
-    By the binomial theorem, which Newton extended to any exponent, (1 - q)^(a-1) is a sum over k of
-    q^k times (1 - a) (2 - a) … (k - a) / k!, and that is (1 - a) (1 - a/2) … (1 - a/k). So the
+    By the binomial theorem, which Newton extended to any exponent, (1 - q)^(a-1) is a sum of powers
+    q^k, with coefficients (1 - a) (2 - a) … (k - a) / k!, or (1 - a) (1 - a/2) … (1 - a/k). So the
     bracket is (1 - q)^(a-1) = p^(a-1), and P(accept) = p · p^(a-1) = p^a.
 
-    A case to check by hand is a = 1/2, p = 1/4, q = 3/4. The bracket is 1 + q/2 + 3 q^2/8 + 5
-    q^3/16 + … = 1 + 0.38 + 0.21 + 0.13 + …, which tends to 2. P(accept) = 1/4 · 2 = (1/4)^(1/2).
+    A case to check by hand is a = 1/2, p = 1/4, q = 3/4. The bracket is 1 + q/2 + 3 q^2/8 +
+    5 q^3/16 + … = 1 + 0.38 + 0.21 + 0.13 + …, which tends to 2. P(accept) = 1/4 · 2 = (1/4)^(1/2).
     (The loop ends: x has been drawn, so p > 0.)
     """
     for i in itertools.count(1):
@@ -107,7 +107,7 @@ def bernoulli_factory(draws, x, a, generator=None):
 def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=None):
     """One draw from P(x)^(1/T) / Z, exactly, for 0 < T <= 1.  (paper, section 5)
     draw: a function, draw(m) makes m independent draws from P, (m, K) int. Returns (K,) int on the
-    CPU; a UserError, which is a ValueError, after max_draws.
+    CPU. Raises a UserError, which is a ValueError, after max_draws.
 
     With 1/T = n + a, an attempt makes n draws. They are all x with probability P(x)^n; a Bernoulli
     factory then accepts x with probability P(x)^a. Otherwise the attempt fails and we start again.
@@ -128,8 +128,8 @@ def temperature_sample_batch(pool, temperature, generator=None):
     """Chooses from N draws as if from P(x)^(1/T) / Z.  (paper, section 5: batch approximation)
     pool (..., N, K) int: N draws of a chunk -> (..., K), a choice from each pool.
 
-    The exact method throws most draws away. This one asks of all sets of n draws, for T = 1/n,
-    which consist of equal draws, and chooses one such set. A value that was drawn c times has
+    The exact method throws most draws away. For T = 1/n, this one looks at all sets of n draws from
+    the pool, and chooses one of those whose draws are all equal. A value that was drawn c times has
     C(c, n) sets, "c choose n", c! / (n! (c - n)!). In the pool A A A B B C at T = 1/2, A has 3 sets
     of two, B has 1 and C has none: A is chosen with probability 3/4. As N grows, C(c, n) approaches
     c^n / n!, so that the choice approaches P(x)^n / Z. For a finite N it is biased: what was drawn
@@ -142,6 +142,7 @@ def temperature_sample_batch(pool, temperature, generator=None):
     n, a = inverse_temperature(temperature)
     chosen = []
     for draws in pool.reshape(-1, *pool.shape[-2:]).cpu():  # (N, K)
+        # The U different values among them, and how often each was drawn.
         values, counts = torch.unique(draws, dim=0, return_counts=True)  # (U, K), (U,)
         least = n
         power = n + a  # 1/T
@@ -150,7 +151,8 @@ def temperature_sample_batch(pool, temperature, generator=None):
         enough = counts >= least
         values = values[enough]
         c = counts[enough].double()
-        # log C(c, 1/T) = log Γ(c + 1) - log Γ(c - 1/T + 1) - a constant.
+        # log C(c, 1/T) = log Γ(c + 1) - log Γ(c - 1/T + 1) - log Γ(1/T + 1). The last is the same
+        # for all values.
         log_weights = torch.lgamma(c + 1) - torch.lgamma(c - power + 1)
         weights = log_weights.softmax(0)
         # A draw from the weights: the first value at which their running sum reaches u.
@@ -211,8 +213,9 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
 END_OF_TEXT = "<|endoftext|>"
 # A tokenizer cuts a text into pieces, such as words. In a piece it begins with bytes and joins
 # neighbours into tokens, those of lowest number ("rank") first. A file of ranks has the tokens and
-# their numbers, but not the pattern that cuts the text. We use Llama 3's for every file: words with
-# the blank before them, up to three digits, other signs, new lines, blanks.
+# their numbers, but not the pattern that cuts the text. We use Llama 3's for every file. It lists
+# endings ('ll), words with the sign before them, up to three digits, other signs with the blank
+# before them, new lines, blanks. (\p{L} is any letter, \p{N} any digit.)
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -288,7 +291,7 @@ def load_weights(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever damage makes torch raise
         what = type(error).__name__
-        raise UserError(f"{path} is damaged, or the git lfs pull is missing: {what}") from None
+        raise UserError(f"{path} is damaged, or not the file but a note about it: {what}") from None
 
 
 def load_checkpoint(out_dir, kind):
@@ -529,7 +532,7 @@ def main():
             autoencoder = load_released_autoencoder(args.autoencoder)
         model = load_released_calm(args.pretrained, autoencoder)
         encoding = load_tokenizer(args.tokenizer)
-        # The released models have 255 tokens more than are in their file, the end of text among it.
+        # The released models have 255 tokens more than this encoding, which has one special token.
         spare = model.config.vocab_size - encoding.n_vocab
         check(0 <= spare < 256, f"the tokenizer {args.tokenizer} is of another model")
     else:

@@ -47,7 +47,7 @@ SETTINGS = {
     "latent_size": (32, 128, 128, "l, size of z; the autoencoder is 4 l wide"),
     "dropout": (0.15, 0.15, 0.15, "of input tokens and of z, in the autoencoder"),
     "kl_weight": (1e-3, 1e-3, 1e-3, "beta, weight of the KL divergence in its loss"),
-    "kl_floor": (0.5, 0.5, 0.5, "lambda, least KL divergence of a coordinate"),
+    "kl_floor": (0.5, 0.5, 0.5, "lambda, what a coordinate's KL counts at least"),
     "hidden_size": (128, 768, 1024, "d, width of the Transformer and of the head"),
     "n_layers": (4, 12, 16, "layers; the head has a quarter as many blocks"),
     "n_heads": (4, 12, 16, "attention heads"),
@@ -70,8 +70,8 @@ MAY_BE_0 = ("dropout", "kl_weight", "kl_floor")  # all other numbers must be pos
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 GRADIENT_CLIP = 1.0
-HELD_OUT = 1024  # most sequences in the last score
-STRIDE = 16  # the scores before it take every 16th sequence: they come often
+HELD_OUT = 1024  # the last score takes at most this many sequences
+STRIDE = 16  # the scores before it take every 16th of them: they come often
 
 
 def parse_settings():
@@ -209,7 +209,7 @@ def load_tokens(args):
         parts = [np.memmap(file, np.int32, mode="r") for file in files]
         about = json.loads(sample.read_text(folder / "data.json"))
     else:
-        # Texts in --out_dir would be joined by the sample of this run.
+        # In a folder of texts, this run's sample.txt would become one of them.
         apart = folder.resolve() != Path(args.out_dir).resolve()
         check(apart, f"--data and --out_dir are both {folder}: name another --out_dir")
         encoding = sample.load_tokenizer(args.tokenizer)
@@ -223,7 +223,8 @@ def load_tokens(args):
     sizes = [len(part) for part in parts]
     fits = min(sizes) >= args.context
     check(fits, f"a part of {args.data} is too short for --context {args.context}")
-    # By these a resumed run knows that this is its text, with its tokenizer and its three parts.
+    # By the digest of its tokens (prepare.py makes it, too) and these sizes, a resumed run knows
+    # its text, tokenizer and parts.
     about["sizes"] = sizes
     return Data(*parts, encoding, about)
 
@@ -254,10 +255,10 @@ def make_optimisers(model, name):
     """Two optimisers for all that is trained: one for the matrices ("muon" or "adamw"), and AdamW
     without weight decay for embeddings, un-embedding, biases and norms.
 
-    AdamW scales the step of each weight by itself. Muon looks at a matrix as a whole: it makes all
-    singular values of its step equal, so that what few examples show is learnt as fast as what many
-    share (https://kellerjordan.github.io/posts/muon). It learns more from a token, but multiplies
-    matrices for it, in bfloat16: on most CPUs that is far too slow.
+    AdamW scales the step of each weight by itself. Muon takes the running mean of a matrix's
+    gradients as a whole, and makes all its singular values equal: rare directions then move as far
+    as frequent ones (https://kellerjordan.github.io/posts/muon). It learns more from a token, but
+    multiplies matrices for it, in bfloat16: on most CPUs that is far too slow.
     """
     matrices = []
     others = []
@@ -271,6 +272,7 @@ def make_optimisers(model, name):
         first = torch.optim.Muon(matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn=size)
     else:
         first = torch.optim.AdamW(matrices, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    # (`fused` steps all weights at once, and not one after the other.)
     return [first, torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)]
 
 
@@ -308,8 +310,8 @@ def write(path, content):
 
 def save_checkpoint(kind, model, optimisers, args, data, progress):
     """Writes the log so far, and {kind}.pt. With its weights, the running means of the optimisers
-    and the step, training goes on as if nothing had happened; the rest says what it goes on with.
-    Sizes and tokenizer let `sample.load_model` read the file without anything else.
+    and the step, training goes on as if nothing had happened. By settings and data, a resumed run
+    checks that it is the same. With configs and tokenizer, `sample.load_model` needs no other file.
     """
     configs = {kind: vars(model.config)}
     if hasattr(model, "autoencoder"):
@@ -355,10 +357,11 @@ def seed_step(seed, step):
 
 
 def set_precision():
-    """Distances and losses are differences of close numbers, so they need all digits of float32.
-    (`train` runs a model under autocast, which makes matrix products in bfloat16, but not `cdist`.)
+    """Distances and losses are differences of close numbers, so they need all 24 bits of float32's
+    precision. (`train` runs a model under "autocast": torch then makes matrix products in bfloat16,
+    which keeps 8, and leaves `cdist` in float32.)
     """
-    # NVIDIA's TF32 keeps 10 bits of each number in a product. It is off in torch, unless a
+    # NVIDIA's TF32 keeps 11 bits of each number in a product. It is off in torch, unless a
     # container changes that.
     torch.set_float32_matmul_precision("highest")
     # torch.compile makes the backward pass under autocast, too, unless it is told otherwise. Then
@@ -381,8 +384,8 @@ def train(kind, model, args, data, log):
     set_precision()
     model.to(args.device).train()
     optimisers = make_optimisers(model, args.optimizer)
-    # Autocast: matrix products in bfloat16 are several times as fast, and keep 8 bits of a number.
-    # Weights and sums stay in float32, so that small steps are not rounded away.
+    # Autocast: matrix products in bfloat16 are several times as fast. Weights and sums stay in
+    # float32, so that small steps are not rounded away.
     half = args.dtype == "bfloat16"
     precision = torch.autocast(args.device, torch.bfloat16, enabled=half)
 
@@ -410,7 +413,8 @@ def train(kind, model, args, data, log):
         seed_step(args.seed, step)
         batch = random_windows(data.train, args.batch_size, args.context)  # (B, T)
         if args.device == "cuda":
-            # A copy from ordinary memory would wait until the GPU has done all that is queued.
+            # "Pinned" memory stays in its place, so the GPU can copy it while Python goes on. A
+            # copy from other memory would wait until the GPU has done all that is queued.
             batch = batch.pin_memory()
         batch = batch.to(args.device, non_blocking=args.device == "cuda")
 
@@ -525,7 +529,8 @@ def brier_lm_of_frequencies(train_tokens, sequences, vocab_size):
     """
     some = train_tokens[:10_000_000]
     P = torch.from_numpy(np.bincount(some, minlength=vocab_size) / len(some))  # (V,)
-    P_of_text = P[sequences].unfold(1, 4, 1).cumprod(-1).mean((0, 1))  # (4,), n = 1 … 4
+    windows_of_4 = P[sequences].unfold(1, 4, 1)  # (n, T-3, 4): P of each token, and the next three
+    P_of_text = windows_of_4.cumprod(-1).mean((0, 1))  # (4,): P of the next 1 … 4 tokens
     sum_of_squares = P.square().sum() ** torch.arange(1, 5)  # (4,): for n tokens, the n-th power
     return brier_lm(2 * P_of_text - sum_of_squares)
 
@@ -559,8 +564,9 @@ def finish(kind, model, args, data, log):
     """
     summary = {"data": data.about, "config": vars(args), "seed": args.seed, "device": args.device}
     summary["torch"] = torch.__version__
-    # The last row of a stage has the scores of the test text, too. They take the place of those of
-    # the validation text: only they are of a text by which nothing was chosen.
+    # The last row of a stage has the scores of the test text, too. In the summary they take the
+    # place of those of the validation text, whose names they have ("val_loss"): only they are of a
+    # text by which nothing was chosen.
     for row in log:
         if "test" in row:
             summary[row["stage"]] = row | row["test"]
@@ -623,7 +629,7 @@ def main():
     models = {path.stem for path in Path(args.out_dir).glob("*.pt")}
     if args.resume:
         check(models, f"{args.out_dir} holds no run: leave out --resume")
-        borrowed = "calm" in models and "autoencoder" not in models
+        borrowed = "calm" in models.intersection(kinds) and "autoencoder" not in models
         check(args.autoencoder or not borrowed, f"{args.out_dir} needs its --autoencoder again")
     for kind in kinds:
         check(args.resume or kind not in models, f"{args.out_dir} holds a trained {kind}.pt: go on "

@@ -83,9 +83,9 @@ def test_a_bfloat16_step_is_close_to_float32(name, device):
     torch.testing.assert_close(loss, plain, rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "calm"])
-def test_a_step_compiles_whole_and_stays_the_same(name):
-    model, tokens = model_and_tokens(name, "cpu")
+def test_a_step_compiles_whole_and_stays_the_same():
+    """That of the autoencoder. CALM's is below, in mixed precision."""
+    model, tokens = model_and_tokens("autoencoder", "cpu")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(step(compiled, tokens), step(model, tokens))
 

@@ -338,8 +338,8 @@ def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4):
     "brier": [4], "brier_lm", "brier_lm_se" (its standard error), "context", "positions".
 
     The text is cut into sequences of `context` tokens. In each, all chunks but the first are
-    predicted. If K < 4 it is up to 64 of them, evenly spaced, because a prediction then takes 4 / K
-    steps. "positions" counts all predictions.
+    predicted. If K < 4 it is up to 8 · K of them, evenly spaced, because a prediction then takes
+    4 / K steps, each with a long cache. "positions" counts all predictions.
     """
     K = model.config.chunk_size
     device = next(model.parameters()).device
@@ -348,7 +348,7 @@ def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4):
     assert len(tokens) >= context, f"{len(tokens)} tokens are less than a context of {context}"
     every = 1
     if K < 4:
-        every = math.ceil(n_places / 64)
+        every = math.ceil(n_places / (8 * K))
     at = list(range(every // 2, n_places, every))  # the middle of each stretch
 
     # Score all sequences. Every pair of the draws for a place gives one estimate.

@@ -12,7 +12,7 @@ from conftest import tiny_calm
 
 import sample
 import train
-from classroom import compare, prepare, words
+from classroom import bottle, compare, prepare, words
 from classroom.choices import ALPHA, ChoiceCALM, energy_score_of_choice
 
 TEXT = "low lower lowest slow slower, blow! The show below: 123 1234 élan élan\n\n  lows aaaaa" * 3
@@ -140,3 +140,48 @@ def test_the_loss_is_that_of_each_choice_after_those_of_the_text():
 def test_words_are_two_letters_or_more_and_whole():
     assert words.words_of("The cat's a fée, 3abc-de\nend") == ["The", "cat", "fée", "abc", "de"]
     assert words.share_of_words(["The cat ", "tho cat ca"], {"The", "cat"}) == (3 / 4, 2 / 3, 4)
+
+
+def small_bottle():
+    return bottle.Bottle(torch.randint(3, (2000,)).numpy(), n_contexts=5)
+
+
+def test_the_best_score_is_how_often_two_of_the_texts_chunks_agree():
+    """All pairs of places, also a place with itself: that is sum_x P(x)^2."""
+    known = small_bottle()
+    expected = []
+    for chunks in known.chunks:
+        equal = chunks[:, None] == chunks[None]  # (places, places, K)
+        expected.append(equal.float().cumprod(-1).mean((0, 1)))
+    torch.testing.assert_close(known.best(), torch.stack(expected).mean(0))
+
+
+def test_draws_of_the_true_distribution_have_the_best_score():
+    """H0: no bias. 40 scores of 50 draws a context: their mean is the best score, within 4.5 standard
+    errors (t-test, p < 1e-4 for each of the four).
+    """
+    known = small_bottle()
+    scores = []
+    for _ in range(40):
+        draws = [chunks[torch.randint(len(chunks), (50,))] for chunks in known.chunks]
+        scores.append(known.brier(torch.stack(draws)))
+    scores = torch.stack(scores)  # (40, 4)
+    error = scores.std(0) / 40**0.5
+    assert ((scores.mean(0) - known.best()).abs() < 4.5 * error).all()
+
+
+def test_the_parts_of_a_latent_are_a_basis_in_which_the_tokens_stand_side_by_side():
+    """An autoencoder whose vector is a sum of what its tokens add, in directions that are mixed."""
+
+    class Sum:
+        config = Namespace(latent_size=8)
+        mix = torch.linalg.qr(torch.randn(8, 8))[0]
+
+        def encode(self, chunks):
+            parts = torch.nn.functional.one_hot(chunks, 3)[..., :2].float()  # (n, K, 2)
+            return parts.flatten(1) @ self.mix, None
+
+    basis = bottle.parts_of_latent(Sum(), torch.randint(3, (500, 4)))
+    torch.testing.assert_close(basis.T @ basis, torch.eye(8), atol=1e-5, rtol=0)
+    overlap = (Sum.mix @ basis).view(4, 2, 4, 2).square().sum((1, 3)) / 2
+    torch.testing.assert_close(overlap, torch.eye(4), atol=1e-4, rtol=0)

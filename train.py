@@ -536,16 +536,14 @@ def brier_lm_of_frequencies(train_tokens, sequences, vocab_size):
 
 
 def draw_curves(path, log):
-    """Draws the rows of a log, over the tokens of training: the loss on training text; fidelity,
-    diversity, Brier scores and confidence on validation text.
-    """
+    """Draws the scores in a log, on validation text, over the tokens of training."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     tokens = [row["tokens"] / 1e6 for row in log]
-    curves = {"loss": left, "fidelity": left, "diversity": left, "confidence": right}
+    curves = {"val_loss": left, "fidelity": left, "diversity": left, "confidence": right}
     for name, axes in curves.items():
         if name in log[0]:  # the discrete Transformer has a loss alone
-            axes.plot(tokens, [row[name] for row in log], label=name)
+            axes.plot(tokens, [row[name] for row in log], label=name.replace("val_", ""))
     for n in range(4):
         middle.plot(tokens, [100 * row["brier"][n] for row in log], label=f"Brier-{n + 1} × 100")
     middle.plot(tokens, [row["brier_lm"] for row in log], "ko-", label="BrierLM")

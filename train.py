@@ -64,12 +64,18 @@ SETTINGS = {
     "lr": (2e-3, 3e-4, 3e-4, "highest learning rate: small models need more"),
     "eval_interval": (400, 1000, 500, "steps between two scores, with a checkpoint"),
 }
+PURPOSES = {
+    "autoencoder": "which turns chunks into vectors and back",
+    "calm": "which draws the vector of the next chunk (the autoencoder is frozen now)",
+    "baseline": "a Transformer that draws the next token",
+}
 MAY_BE_0 = ("dropout", "kl_weight", "kl_floor")  # all other numbers must be positive
 # As published: how slowly AdamW forgets earlier gradients, and their squares; how strongly each
 # step pulls a matrix towards 0; the length to which a longer gradient is cut.
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 GRADIENT_CLIP = 1.0
+SECONDS = 30  # between two lines on the screen
 HELD_OUT = 1024  # the last score takes at most this many sequences
 STRIDE = 16  # the scores before it take every 16th of them: they come often
 
@@ -379,7 +385,7 @@ def train(kind, model, args, data, log):
     validation = spread_windows(data.validation, args.context).to(args.device)
     test = spread_windows(data.test, args.context).to(args.device)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"\n{kind}: {n_parameters:,} parameters to train, {steps:,} steps", flush=True)
+    print(f"\n{kind}, {PURPOSES[kind]}: {n_parameters:,} parameters to train", flush=True)
 
     set_precision()
     model.to(args.device).train()
@@ -400,7 +406,7 @@ def train(kind, model, args, data, log):
     if args.compile:
         forward = torch.compile(model)
 
-    losses = []  # of the steps since the last score
+    losses = []  # of the parts of all steps since the last score
     shown = progress["step"]  # the step of the last line on the screen
     since = time.monotonic()  # the time of that line
     for step in range(shown + 1, steps + 1):
@@ -436,21 +442,23 @@ def train(kind, model, args, data, log):
         # Python has only queued all this: a GPU still works on it. Unless there is something to
         # report, we go on and queue the next step, so that the GPU never has to wait for Python.
         scoring = step % args.eval_interval == 0 or step == steps
-        if not scoring and time.monotonic() - since < 10:
+        if not scoring and time.monotonic() - since < SECONDS:
             continue
 
-        # Every 10 seconds, a line: the mean loss since the last score, and the speed since the last
-        # line. `item` waits for the GPU. (Compiling takes a minute, so the first speed is low.)
-        loss = torch.stack(losses).mean().item()
+        # A line: mean loss and speed since the last line, and the time left by the mean speed so
+        # far. `item` waits for the GPU. (Compiling takes a minute, so the first speed is low.)
+        new = step - shown
+        loss = torch.stack(losses[-new * args.gradient_accumulation_steps :]).mean().item()
         passed = time.monotonic() - since
-        pace = (step - shown) / passed  # steps a second
-        print(f"{kind} {step}/{steps}: loss {loss:.3f}, {pace * batch.numel():,.0f} tokens/s, "
-              f"{(steps - step) / pace / 60:.1f} minutes left", flush=True)
         progress["seconds"] += passed
+        left = (steps - step) * progress["seconds"] / step / 60
+        print(f"{kind} {step}/{steps}: loss {loss:.3f}, {new * batch.numel() / passed:,.0f} "
+              f"tokens/s, {left:.1f} minutes left", flush=True)
 
         # Now and then, a score and a checkpoint.
         if scoring:
-            row = {"stage": kind, "step": step, "tokens": step * batch.numel(), "loss": loss}
+            row = {"stage": kind, "step": step, "tokens": step * batch.numel()}
+            row["loss"] = torch.stack(losses).mean().item()
             row |= {"seconds": progress["seconds"], "parameters": n_parameters}
             # As many sequences at a time as in a part of a batch: that many fit in memory.
             model.eval()
@@ -496,31 +504,34 @@ def evaluate(model, sequences, batch_size, precision):
 @torch.no_grad()
 def show(model, encoding, tokens, scores):
     """Prints scores, and what a model makes of a piece of held-out text, tokens (T,)."""
+    seed_step(0, 0)  # the same noise each time
     K = model.config.chunk_size
-    half = len(tokens) // 2 // K * K
     quote = lambda tokens: repr(sample.decode(encoding, tokens.flatten().tolist()))  # on one line
     if isinstance(model, Autoencoder):
         exact, noisy = scores["accuracy"], scores["accuracy_noise_0.3"]
-        print(f"    tokens recovered: {exact:.2%}, and {noisy:.2%} with noise of size 0.3 on z")
-        mean, _ = model.encode(tokens[:half].view(-1, K))
+        print(f"    validation: {exact:.2%} of the tokens recovered, {noisy:.2%} with noise on z")
+        chunks = tokens[: 16 * K].view(-1, K)
+        mean, _ = model.encode(chunks)
         noise = 0.3 * torch.randn_like(mean)
-        print("    a text     ", quote(tokens[:half]))
+        print("    a text     ", quote(chunks))
         print("    decoded    ", quote(model.decode(mean).argmax(-1)))
         print("    with noise ", quote(model.decode(mean + noise).argmax(-1)), flush=True)
         return
     briers = ", ".join(f"{100 * brier:.1f}" for brier in scores["brier"])
-    print(f"    BrierLM {scores['brier_lm']:.2f}, from Brier-1 to Brier-4: {briers}")
+    print(f"    validation: BrierLM {scores['brier_lm']:.2f} ± {scores['brier_lm_se']:.2f} of 100, "
+          f"from Brier-1 to Brier-4 = {briers}")  # fmt: skip
     if "fidelity" in scores:
-        print("    fidelity {fidelity:.3f}, diversity {diversity:.3f}, confidence "
-              "{confidence:.2f}".format(**scores))  # fmt: skip
+        print(f"    fidelity {scores['fidelity']:.3f} (draws to the truth), diversity "
+              f"{scores['diversity']:.3f} (draws to draws), confidence {scores['confidence']:.2f}")
     # The next chunk after half of the text, as it is there and as four draws of the model have it,
     # and then a longer text: these show what a score means.
+    half = len(tokens) // 2 // K * K
     prompt = tokens[None, :half]  # (1, T/2)
     draws = model.draw_chunks(model.hidden_states(prompt)[:, -1], 4)  # (4, 1, K)
     after, true = quote(prompt[0, -24:]), quote(tokens[half : half + K])
-    print(f"    after {after} comes {true}, drawn:", *map(quote, draws))
+    print(f"    after {after} the text has {true}, the model draws", *map(quote, draws))
     written = sample.generate(model, prompt, 80, temperature=0.5)
-    print("    at T = 1/2 it writes", quote(written[0, half:]), flush=True)
+    print("    and writes, at temperature 0.5,", quote(written[0, half:]), flush=True)
 
 
 def brier_lm_of_frequencies(train_tokens, sequences, vocab_size):
@@ -586,8 +597,8 @@ def finish(kind, model, args, data, log):
     sequences = spread_windows(data.test, args.context)
     low = brier_lm_of_frequencies(data.train, sequences, data.encoding.n_vocab)
     print(f"\n{text}\nBrierLM {last['brier_lm']:.2f} ± {last['brier_lm_se']:.2f} on the test text "
-          f"({positions:,} positions, context {args.context}). To know the frequencies of "
-          f"tokens would score {low:.2f}, to know the text 100.")  # fmt: skip
+          f"({positions:,} positions, context {args.context}). Guessing by the frequencies of "
+          f"tokens scores {low:.2f}, knowing the text in advance 100. All is in {args.out_dir}.")
 
 
 # ------ A run

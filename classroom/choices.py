@@ -164,6 +164,7 @@ def main():
     right = autoencoder.decode(model.head.sums(chunks[:1000])).argmax(-1) == chunks[:1000]
     print(f"the decoder finds {right.float().mean():.2%} of the tokens in sums of their codes")
 
+    train.PURPOSES["choices"] = "which is CALM with a head of K choices"
     log = train.train("choices", model, args, data, log)
     train.finish("choices", model, args, data, log)
 

@@ -336,7 +336,7 @@ def test_the_screen_shows_what_happens(tmp_path, capsys):
     first, second = out.splitlines()[:2]
     assert "cpu" in first and "float32" in first and "not compiled" in first
     assert "text.txt" in second and all(word in second for word in ("train", "validate", "test"))
-    words = "parameters tokens/s decoded noise drawn writes fidelity diversity confidence BrierLM"
+    words = "parameters tokens/s decoded noise draws writes fidelity diversity confidence BrierLM"
     assert all(word in out for word in words.split())
     train_in(tmp_path, *SIZES, "--stage", "baseline", "--steps", 2, "--context", 8)
     assert "fidelity" not in capsys.readouterr().out

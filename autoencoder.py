@@ -9,8 +9,9 @@ vectors of two chunks its decoder may say anything.
 
 So this is a *variational* autoencoder. Its encoder does not name a point but a small cloud, a
 Gaussian with a mean and a std for each of l coordinates. It is called the *posterior*, what one
-knows of z after seeing the chunk; the *prior*, what one knows before, is N(0, 1) for each. In
-training the decoder sees a random point of the cloud, and learns to be right everywhere in it.
+knows of z after seeing the chunk; the *prior*, what one knows before, is N(0, 1) for each. (Nobody
+draws from this prior here: the Transformer will know better.) In training the decoder sees a random
+point of the cloud, and learns to be right everywhere in it.
 
 Letters used for dimensions, here and in the other files:
     B  batch                T  tokens in a sequence    L  chunks in a sequence, T / K
@@ -189,8 +190,8 @@ class Autoencoder(nn.Module):
             metrics["accuracy"] = (logits.argmax(-1) == tokens).float().mean()
             # The paper's test of robustness is the accuracy with noise of size 0.3 on z, coordinate
             # by coordinate. In training the noise is smaller: the posteriors had a std of 0.15
-            # after a run of the preset `quick`. The means of all chunks had one of 1.4, so there is
-            # room for both.
+            # after a run of the preset `quick`. The means of different chunks had a std of 1.4, so
+            # there is room for both.
             noisy = self.decode(mean + 0.3 * torch.randn_like(mean))
             metrics["accuracy_noise_0.3"] = (noisy.argmax(-1) == tokens).float().mean()
         loss = reconstruction + c.kl_weight * kl

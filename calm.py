@@ -209,8 +209,8 @@ class CALM(nn.Module):
         with torch.no_grad():
             mean, log_std = self.autoencoder.encode(chunks[:, 1:])  # (B, L-1, l) each
         loss, fidelity, diversity = energy_loss(samples, mean, log_std, c.n_targets, c.alpha)
-        # Fidelity above diversity: the draws miss the data, or spread too little. If the two are
-        # equal, so is the loss, and lower is better.
+        # Fidelity above diversity: the draws miss the data, or spread too little. Where the two are
+        # equal, the loss equals them, and lower is better.
         metrics = {"fidelity": fidelity.detach(), "diversity": diversity.detach()}
         if not self.training:
             # One draw at each of 512 positions is enough for a mean.

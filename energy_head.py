@@ -45,10 +45,12 @@ from autoencoder import NORM_EPS, init_by_width
 # This is 0 if F = G everywhere, and positive otherwise. In more dimensions, the mean length of the
 # projections of x - y on all lines through the origin is proportional to |x - y|, since no
 # direction is special. So D is, but for a factor, a mean of such integrals. It is 0 only if P and Q
-# look the same from every direction, and then they are equal (the theorem of Cramér and Wold). For
-# the other alpha below 2, our 1/4 too, see Gneiting and Raftery, "Strictly Proper Scoring Rules,
-# Prediction, and Estimation", 2007, section 4.3. They agree on the best P, and differ on others: a
-# small alpha punishes small errors more (classroom/experiments.md, entry 5).
+# look the same from every direction, and then they are equal (the theorem of Cramér and Wold).
+#
+# The other alpha below 2, our 1/4 too, can be treated with characteristic functions: D is, but for
+# a factor, the integral of |p(t) - q(t)|^2 / |t|^(l + alpha), with p and q those of P and Q. (See
+# Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007, section
+# 4.3.) All alpha agree on the best P, and differ on others: a small one punishes small errors more.
 #
 # For alpha = 2 it fails. Expanding the squares leaves D = 2 |E x - E y|^2, which compares the means
 # and nothing else: a sampler that always draws the mean of Q would have the best possible score.
@@ -66,9 +68,9 @@ def fidelity_and_diversity(samples, targets, alpha=1.0):
     assert N >= 2, "the diversity of a sampler needs at least 2 samples"
     assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
 
-    # `cdist` is the root of |x|^2 + |y|^2 - 2 x·y. Far from the origin these are large numbers with
-    # a small difference, which rounding would spoil. So we move all points first, until the mean of
-    # the targets is the origin. Distances do not change.
+    # For many points `cdist` is the root of |x|^2 + |y|^2 - 2 x·y. Far from the origin these are large
+    # numbers with a small difference, which rounding would spoil. So we move all points first, until
+    # the mean of the targets is the origin. Distances do not change.
     centre = targets.mean(0)  # (..., l)
     x = (samples - centre).movedim(0, -2)  # (..., N, l)
     y = (targets - centre).movedim(0, -2)  # (..., M, l)

@@ -69,8 +69,8 @@ def fidelity_and_diversity(samples, targets, alpha=1.0):
     assert 0 < alpha < 2, f"alpha must lie between 0 and 2, not {alpha}"
 
     # For many points `cdist` is the root of |x|^2 + |y|^2 - 2 x·y. Far from the origin these are
-    # large numbers with a small difference, which rounding would spoil. So we move all points first,
-    # until the mean of the targets is the origin. Distances do not change.
+    # large numbers with a small difference, which rounding would spoil. So all points are moved
+    # first, until the mean of the targets is the origin. Distances do not change.
     centre = targets.mean(0)  # (..., l)
     x = (samples - centre).movedim(0, -2)  # (..., N, l)
     y = (targets - centre).movedim(0, -2)  # (..., M, l)

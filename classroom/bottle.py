@@ -238,7 +238,7 @@ def learn(head, bottle, autoencoder, steps, every):
     optimiser = torch.optim.AdamW([p for p in parameters if p.requires_grad], betas=train.BETAS)
     rows = []
     for step in range(1, steps + 1):
-        optimiser.param_groups[0]["lr"] = train.learning_rate(step, steps, 2e-3)
+        optimiser.param_groups[0]["lr"] = train.learning_rate(step, steps, 1e-2)
         contexts, chunks = bottle.examples(EXAMPLES)
         head.loss(vectors(contexts), chunks, autoencoder).backward()
         optimiser.step()
@@ -268,7 +268,7 @@ def draw_picture(path, results):
 def main():
     parser = argparse.ArgumentParser(description="Heads on distributions that are known.")
     parser.add_argument("--autoencoder", help="the folder of a run (default: train one)")
-    parser.add_argument("--steps", type=int, default=400, help="of each head")
+    parser.add_argument("--steps", type=int, default=200, help="of each head")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--picture", default=ROOT / "classroom/pictures/bottle.png")
     args = parser.parse_args()
@@ -286,7 +286,7 @@ def main():
     for name, (kind, _) in HEADS.items():
         torch.manual_seed(args.seed)
         since = time.monotonic()
-        rows = learn(kind(autoencoder, bottle), bottle, autoencoder, args.steps, args.steps // 8)
+        rows = learn(kind(autoencoder, bottle), bottle, autoencoder, args.steps, args.steps // 4)
         results[name] = rows
         shares = ", ".join(f"{share:.2f}" for share in rows[-1][1:])
         score = train.brier_lm(torch.tensor(rows[-1][1:]) * bottle.best())

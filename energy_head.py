@@ -1,8 +1,9 @@
 """The energy head: a sampler of vectors, and the score that trains it.  (CALM paper, section 3)
 
-There is no softmax over vectors, because there are infinitely many of them. The energy head is only
-a *sampler*: it turns a hidden state and random noise into one vector. It cannot say how probable a
-vector is. The energy score needs no probabilities: samples tell a good sampler from a bad one.
+CALM assumes no density for its vectors. The energy head is only a *sampler*: it turns a hidden state
+and random noise into one vector, by one pass through a network of any form. It cannot say how
+probable a vector is. The energy score needs no probabilities: samples tell a good sampler from a
+bad one.
 
     hidden state h, noise u --energy head--> a draw z of the next chunk's vector
     N draws for one h, M draws of the true vector --energy score--> a number to be maximised

@@ -1,7 +1,7 @@
 """The energy head: a sampler of vectors, and the score that trains it.  (CALM paper, section 3)
 
-CALM assumes no density for its vectors. The energy head is only a *sampler*: it turns a hidden state
-and random noise into one vector, by one pass through a network of any form. It cannot say how
+CALM assumes no density for its vectors. The energy head is only a *sampler*: it turns a hidden
+state and random noise into one vector, by one pass through a network of any form. It cannot say how
 probable a vector is. The energy score needs no probabilities: samples tell a good sampler from a
 bad one.
 

@@ -134,7 +134,7 @@ def test_a_config_that_is_none_is_one_sentence(folder):
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"PK\x03\x04"])
 def test_a_file_without_weights_is_one_sentence(folder, content):
     (folder / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(sample.UserError, match="Git LFS"):
+    with pytest.raises(sample.UserError, match="not the file but a note"):
         load_released_calm(folder)
 
 

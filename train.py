@@ -562,7 +562,7 @@ def draw_curves(path, log):
         axes.set_xlabel("training tokens (millions)")
         if axes.lines:
             axes.legend()
-    middle.legend(loc="center right")  # elsewhere it would hide a curve
+    middle.legend(loc=(0.52, 0.42))  # elsewhere it would hide a curve
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     write(path, buffer.getbuffer())

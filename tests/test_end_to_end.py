@@ -13,7 +13,7 @@ import train
 LINE = "To be, or not to be:\n"
 SIZES = (
     "--data text.txt --out_dir run --device cpu --context 32 --batch_size 16 --latent_size 16 "
-    "--hidden_size 64 --n_layers 2 --n_heads 2 --autoencoder_steps 200 --steps 300 --lr 0.006"
+    "--hidden_size 64 --n_layers 2 --n_heads 2 --autoencoder_steps 400 --steps 400 --lr 0.006"
 ).split()
 
 
@@ -49,18 +49,19 @@ def test_a_run_learns_the_text_and_leaves_what_it_promises(repeating):
     assert LINE * 10 in text.split("temperature 0.5")[1] and text in stdout
     assert "temperature 1.0" in text and "BrierLM" in stdout.splitlines()[-1]
     rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
-    assert rows[0]["stage"] == "autoencoder" and rows[-1]["step"] == 300 and rows[-1]["loss"] > 0
-    assert rows[-1]["brier_lm"] > 95, "the running score is of validation text"
+    assert rows[0]["stage"] == "autoencoder" and rows[-1]["step"] == 400 and rows[-1]["loss"] > 0
+    assert rows[-1]["brier_lm"] > 98, "the running score is of validation text"
 
     summary = json.loads((out_dir / "summary.json").read_text())
     assert summary.keys() >= {"config", "seed", "device", "torch"}
     assert summary["autoencoder"].keys() >= {"accuracy_noise_0.3", "parameters", "seconds"}
-    assert summary["autoencoder"]["accuracy"] > 0.99
+    # Of 608 tokens in the test sequences one is the end of the text, which was never learnt.
+    assert summary["autoencoder"]["accuracy"] > 1 - 1.5 / 608
     calm, data = summary["calm"], summary["data"]
-    assert calm["brier"] == pytest.approx([1.0] * 4, abs=0.06) and calm["brier_lm"] > 95
+    assert calm["brier"] == pytest.approx([1.0] * 4, abs=0.02) and calm["brier_lm"] > 98
     assert calm.keys() >= {"brier_lm_se", "confidence", "parameters", "seconds"}
     assert calm["val_loss"] == pytest.approx(2 * calm["fidelity"] - calm["diversity"], rel=1e-4)
-    assert calm["tokens"] == 300 * 16 * 32
+    assert calm["tokens"] == 400 * 16 * 32
     # 631 tokens are for the test: 19 sequences of 8 chunks, of which the first is not predicted.
     assert summary["protocol"] == {"context": 32, "positions": 19 * 7, "split": "test"}
     assert data["source"] == "text.txt" and len(data["sha256"]) == 64

@@ -597,7 +597,8 @@ def finish(kind, model, args, data, log):
     draw_curves(path_of(args, kind, "curves.png"), rows)
     sequences = spread_windows(data.test, args.context)
     low = brier_lm_of_frequencies(data.train, sequences, data.encoding.n_vocab)
-    print(f"\n{text}\nBrierLM {last['brier_lm']:.2f} ± {last['brier_lm_se']:.2f} on the test text "
+    error = f"{last['brier_lm_se']:.2f}".replace("nan", "unknown (of one sequence)")
+    print(f"\n{text}\nBrierLM {last['brier_lm']:.2f} ± {error} on the test text "
           f"({positions:,} positions, context {args.context}). Guessing by the frequencies of "
           f"tokens scores {low:.2f}, knowing the text in advance 100. All is in {args.out_dir}.")
 

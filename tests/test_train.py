@@ -311,6 +311,13 @@ def test_files_are_written_before_anything_is_printed(undisturbed, tmp_path):
         assert (tmp_path / "run" / name).exists()
 
 
+def test_a_score_of_one_sequence_says_so(tmp_path, capsys):
+    train_in(tmp_path, *SIZES, "--stage", "baseline", "--steps", 2, "--context", 256)
+    assert "of one sequence" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run/baseline_summary.json").read_text())
+    assert np.isnan(summary["baseline"]["brier_lm_se"])
+
+
 def settings(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     return train.parse_settings()

@@ -22,12 +22,13 @@ ROPE_THETA = 10_000.0  # base of the rotary position embedding, as in the releas
 @dataclass
 class CALMConfig:
     """The published CALM-M. With Llama 3's 128 256 tokens and one for padding it has 372 M trained
-    parameters, the head and the input embedding among them; the paper says 371 M. The frozen
-    autoencoder has 76 M more.
+    parameters, the head and the input embedding among them (the paper says 371 M), and 76 M frozen
+    ones. The paper's discrete Transformer-S is TransformerLM(CALMConfig(V, 1, hidden_size=768,
+    intermediate_size=2048, n_layers=12, n_heads=16)), with 281 M.
     """
 
     vocab_size: int
-    chunk_size: int = 4  # K
+    chunk_size: int = 4  # K; 1 for the discrete Transformer
     latent_size: int = 128  # l
     hidden_size: int = 1024  # d
     intermediate_size: int = 2752  # inner width of SwiGLU
@@ -39,21 +40,6 @@ class CALMConfig:
     n_targets: int = 100  # M, draws of the posterior for a position
     alpha: float = 1.0  # exponent of the distances in the loss
     context: int = 8192  # tokens in a sequence: 2048 steps
-
-
-@dataclass
-class TransformerConfig:
-    """The paper's discrete Transformer-S. It has 281 M parameters with Llama 3's tokens. Of these,
-    the embedding and the un-embedding, the map to the logits, have 98 M each.
-    """
-
-    vocab_size: int
-    hidden_size: int = 768
-    intermediate_size: int = 2048
-    n_layers: int = 12
-    n_heads: int = 16
-    context: int = 2048
-    chunk_size = 1  # a step is always one token (without a type it is no field of the dataclass)
 
 
 # ------ The backbone
@@ -84,9 +70,8 @@ def rotate(x, positions):
 
     Attention alone does not know the order of its inputs. So queries and keys are turned, by an
     angle that grows with the position. Coordinates j and j + half of x are a point in a plane,
-    which is turned by position · theta^(-j / half): fast for small j, slowly for large. If q at
-    position m and k at n are both turned back by k's angle, q·k stays as it is. Then k is not
-    turned, and q is turned by the angle of m - n. So only the difference of positions counts.
+    which is turned by position · theta^(-j / half): fast for small j, slowly for large. Turning q
+    and k by the same angle does not change q·k, so only the difference of their positions counts.
     """
     half = x.shape[-1] // 2
     j = torch.arange(half, device=x.device)
@@ -220,7 +205,7 @@ class CALM(nn.Module):
     @torch.no_grad()
     def confidence(self, latents):
         """How confident is the decoder about drawn vectors? (n, l) -> the mean probability of the
-        most probable chunk. It is near 1 at the vectors of real chunks, and lower between them.
+        most probable chunk: near 1 at the vectors of real chunks, and lower between them.
         """
         best = self.autoencoder.decode(latents).softmax(-1).amax(-1)  # (n, K)
         return best.prod(-1).mean()  # given z, the decoder's K distributions are independent
@@ -246,6 +231,7 @@ class TransformerLM(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        assert config.chunk_size == 1, "the discrete Transformer takes one token in a step"
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.backbone = Backbone(config)
@@ -344,8 +330,7 @@ def evaluate_brier(model, tokens, context, batch_size=16, n_samples=4):
     K = model.config.chunk_size
     device = next(model.parameters()).device
     n_places = context // K - math.ceil(4 / K)  # 4 tokens or more must follow
-    assert n_places > 0, f"a context of {context} tokens is too short to be scored"
-    assert len(tokens) >= context, f"{len(tokens)} tokens are less than a context of {context}"
+    assert n_places > 0 and len(tokens) >= context, "the text or the context is too short"
     every = 1
     if K < 4:
         every = math.ceil(n_places / (8 * K))

@@ -4,8 +4,7 @@
 
 Most language models write better at a temperature T below 1: they then prefer what they find
 probable. Where there is a softmax, one divides its logits by T. CALM has draws only, so this file
-begins with two ways to get by with draws. Then come generation, tokenizers, checkpoints (those of
-train.py, and the authors'), and the command.
+begins with two ways to get by with draws.
 
 Letters: those of autoencoder.py, and N draws in a pool. In 1/T, T is the temperature.
 """
@@ -23,7 +22,7 @@ import tiktoken
 import torch
 
 from autoencoder import NORM_EPS, Autoencoder, AutoencoderConfig
-from calm import CALM, ROPE_THETA, CALMConfig, KVCache, TransformerConfig, TransformerLM
+from calm import CALM, ROPE_THETA, CALMConfig, KVCache, TransformerLM
 
 # ------ Mistakes at the keyboard
 
@@ -42,8 +41,8 @@ def check(holds, sentence):
 #
 # Temperature T turns a distribution P into P(x)^(1/T) / Z, where Z makes the sum 1. Here x is a
 # whole chunk. For a single token that is what dividing logits by T gives. But a model that draws
-# token by token does so for each token, with a Z of its own, before the next one is drawn. Both
-# prefer probable texts, but the same T means different things: do not compare them at equal T.
+# token by token does so for each token, with a Z of its own, before the next one is drawn. So the
+# same T means different things: do not compare the two at equal T.
 #
 # Counting replaces the power: n independent draws are all equal to x with probability P(x)^n.
 
@@ -51,12 +50,8 @@ def check(holds, sentence):
 def inverse_temperature(temperature):
     """1/T = n + a as (n, a): a whole number and a fraction 0 <= a < 1."""
     check(1e-6 <= temperature <= 1, f"the temperature must be above 0, at most 1: {temperature}")
-    # Nobody can type 1/3. 1/0.3334 is 2.9994, and 1/0.333 is 3.003: both should be 3.
-    n = math.floor(1 / temperature + 0.004)
-    a = 1 / temperature - n
-    if a < 0.004:
-        a = 0.0
-    return n, a
+    n = math.floor(1 / temperature)
+    return n, 1 / temperature - n
 
 
 def uniform(generator):
@@ -68,8 +63,8 @@ def uniform(generator):
 
 
 def one_by_one(draw, max_draws):
-    """Yields independent draws, (K,) each, on the CPU. They are made and fetched 256 at a time,
-    because each time that Python looks at a number on a GPU, it has to wait for the GPU.
+    """Yields independent draws, (K,) each, on the CPU. They are made 256 at a time, since Python
+    has to wait for a GPU each time that it looks at a number there.
     """
     for _ in range(math.ceil(max_draws / 256)):
         yield from draw(256).cpu()
@@ -111,8 +106,8 @@ def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=N
 
     With 1/T = n + a, an attempt makes n draws. They are all x with probability P(x)^n; a Bernoulli
     factory then accepts x with probability P(x)^a. Otherwise the attempt fails and we start again.
-    So an attempt gives x with probability P(x)^n · P(x)^a = P(x)^(1/T). Among the attempts that
-    succeed, the share of x is that divided by the sum over all x, which is Z.
+    So an attempt gives x with probability P(x)^(1/T). Among the attempts that succeed, the share of
+    x is that divided by the sum over all x, which is Z.
     """
     n, a = inverse_temperature(temperature)
     draws = one_by_one(draw, max_draws)
@@ -133,11 +128,8 @@ def temperature_sample_batch(pool, temperature, generator=None):
     C(c, n) sets, "c choose n", c! / (n! (c - n)!). In the pool A A A B B C at T = 1/2, A has 3 sets
     of two, B has 1 and C has none: A is chosen with probability 3/4. As N grows, C(c, n) approaches
     c^n / n!, so that the choice approaches P(x)^n / Z. For a finite N it is biased: what was drawn
-    fewer than n times has no chance.
-
-    If no value was drawn n times, we lower n to the greatest count. If 1/T is not whole, there are
-    no sets to count, but a weight that still grows like c^(1/T): for whole k, k! = Γ(k + 1), and
-    the gamma function Γ takes any number.
+    fewer than n times has no chance. If no value was drawn n times, we lower n to the greatest
+    count. If 1/T is not whole, the gamma function serves: Γ(k + 1) = k!, and it takes any number.
     """
     n, a = inverse_temperature(temperature)
     chosen = []
@@ -186,7 +178,7 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
     draws for the batch method; with None, the exact method is used.
 
     The model reads whole chunks. If T is no multiple of K, the first T mod K tokens stay unread: it
-    is better to miss the oldest tokens than the newest. (In training, chunks begin anywhere.)
+    is better to miss the oldest tokens than the newest.
     """
     K, T = model.config.chunk_size, prompt.shape[1]
     # In training the longest history was a context minus the chunk that is predicted.
@@ -201,8 +193,8 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
         text = torch.cat([text, chunk], dim=1)
         unread = chunk
         if cache.length == longest:
-            # Positions beyond these were never trained. With a longest history of 63 chunks, say,
-            # we read the last 31 again, from position 0. Then there is room for 32 new ones.
+            # Positions beyond these were never trained. We read the last half of the chunks again,
+            # from position 0. Then there is room for as many new ones.
             unread = text[:, -max(1, longest // 2) * K :]
             cache = KVCache()
     return text[:, : T + n_tokens]
@@ -212,10 +204,9 @@ def generate(model, prompt, n_tokens, temperature=1.0, pool=200, generator=None)
 
 END_OF_TEXT = "<|endoftext|>"
 # A tokenizer cuts a text into pieces, such as words. In a piece it begins with bytes and joins
-# neighbours into tokens, those of lowest number ("rank") first. A file of ranks has the tokens and
-# their numbers, but not the pattern that cuts the text. We use Llama 3's for every file. It lists
-# endings ('ll), words with the sign before them, up to three digits, other signs with the blank
-# before them, new lines, blanks. (\p{L} is any letter, \p{N} any digit.)
+# neighbours into tokens, those of lowest number ("rank") first. A file of ranks does not contain
+# the pattern that cuts the text, so we use Llama 3's for every file: endings ('ll), words with the
+# sign before them, up to three digits, other signs, new lines, blanks.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -241,22 +232,18 @@ def make_encoding(ranks):
 
 def encoding_parts(encoding):
     """All that makes a tokenizer, a dict: tiktoken.Encoding("any name", **parts) makes it again."""
-    return {
-        "pat_str": encoding._pat_str,
-        "mergeable_ranks": encoding._mergeable_ranks,
-        "special_tokens": encoding._special_tokens,
-    }
+    names = ("pat_str", "mergeable_ranks", "special_tokens")
+    return {name: getattr(encoding, f"_{name}") for name in names}
 
 
 def load_tokenizer(name):
     """A tiktoken.Encoding: "bytes", a file of ranks, or one of tiktoken's names (gpt2, …)."""
     if name == "bytes":
         return make_encoding({bytes([b]): b for b in range(256)})
-    path = Path(name)
     try:
-        if not path.exists():
-            return tiktoken.get_encoding(str(name))
-        words = path.read_text(encoding="ascii").split()  # BASE64 NUMBER, a line for each token
+        if not Path(name).exists():
+            return tiktoken.get_encoding(name)
+        words = Path(name).read_text(encoding="ascii").split()  # BASE64 NUMBER, for each token
         ranks = {}
         for token, rank in zip(words[::2], words[1::2]):
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -264,16 +251,15 @@ def load_tokenizer(name):
         reason = str(error).splitlines()[0]
         raise UserError(f"there is no tokenizer {name}: {reason}") from None
     # Any text can be written if each byte is a token. No two tokens may have the same number.
-    bytes_there = all(bytes([b]) in ranks for b in range(256))
-    check(bytes_there, f"the tokenizer {name} lacks some of the 256 bytes")
-    whole = len(set(ranks.values())) == len(words) / 2
-    check(whole, f"the tokenizer {name} has a token or a number twice")
+    fits = all(bytes([b]) in ranks for b in range(256))
+    fits = fits and len(set(ranks.values())) == len(words) / 2
+    check(fits, f"the tokenizer {name} lacks some of the 256 bytes, or has a number twice")
     return make_encoding(ranks)
 
 
 def decode(encoding, tokens):
-    """The text of a list of tokens. A model has an embedding for every number up to the highest,
-    and may draw one that its tokenizer leaves out. Such numbers have no text, and are skipped.
+    """The text of a list of tokens. A model may draw a number that its tokenizer leaves out: such
+    numbers have no text, and are skipped.
     """
     known = set(encoding._mergeable_ranks.values())
     return encoding.decode([token for token in tokens if token in known])
@@ -282,10 +268,11 @@ def decode(encoding, tokens):
 # ------ Checkpoints of train.py
 
 
-def load_weights(path):
+def load_checkpoint(folder, name):
     """A dict that torch has saved, on the CPU; a UserError if there is none. weights_only: a file
     may hold tensors, numbers and strings, but no code, which could do anything.
     """
+    path = Path(folder, name)
     check(path.exists(), f"there is no {path}: train it, or name its folder")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -294,24 +281,21 @@ def load_weights(path):
         raise UserError(f"{path} is damaged, or not the file but a note about it: {what}") from None
 
 
-def load_checkpoint(out_dir, kind):
-    """What train.py wrote to {kind}.pt, a dict."""
-    return load_weights(Path(out_dir, f"{kind}.pt"))
-
-
 def build_model(kind, configs):
     """A new "autoencoder", "calm" or "baseline" of these sizes, {kind: dict}."""
     if kind == "baseline":
-        return TransformerLM(TransformerConfig(**configs["baseline"]))
+        return TransformerLM(CALMConfig(**configs["baseline"]))
     autoencoder = Autoencoder(AutoencoderConfig(**configs["autoencoder"]))
     if kind == "autoencoder":
         return autoencoder
     return CALM(CALMConfig(**configs["calm"]), autoencoder)
 
 
-def load_model(out_dir, kind):
-    """The model in {kind}.pt, for evaluation, and its tokenizer."""
-    checkpoint = load_checkpoint(out_dir, kind)
+def load_model(out_dir, kind="calm"):
+    """The model of a run, for evaluation, and its tokenizer: {kind}.pt, or else baseline.pt."""
+    if Path(out_dir, "baseline.pt").exists():
+        kind = "baseline"
+    checkpoint = load_checkpoint(out_dir, f"{kind}.pt")
     model = build_model(kind, checkpoint["configs"])
     model.load_state_dict(checkpoint["weights"])
     return model.eval(), tiktoken.Encoding("saved", **checkpoint["tokenizer"])
@@ -322,7 +306,7 @@ def load_model(out_dir, kind):
 # A folder in the layout of the released models holds a config.json and the weights, in one file or
 # several. Their code: https://github.com/shaochenze/calm, commit c556310, in the folder models/.
 
-# A setting's name here, and in a config.json: configuration_autoencoder.py, configuration_calm.py.
+# A setting's name here, and in a config.json (configuration_autoencoder.py, configuration_calm.py).
 RELEASED_FIELDS = {
     "vocab_size": "vocab_size",
     "chunk_size": "patch_size",
@@ -337,8 +321,8 @@ RELEASED_FIELDS = {
     "n_head_blocks": "num_mlp_layers",
     "context": "max_position_embeddings",
 }
-# Settings of a config for which this code has one value only. Another one would load, and give
-# wrong numbers without a word, so it is refused.
+# For these, this code has one value only. Another one would load, and give wrong numbers without a
+# word, so it is refused.
 FIXED = {
     "hidden_act": "silu",
     "rms_norm_eps": NORM_EPS,
@@ -393,69 +377,57 @@ RELEASED_NAMES = {
 
 def read_released(folder, kind):
     """The config of a `kind`, AutoencoderConfig or CALMConfig, and the weights {our name: tensor}
-    in a folder. A UserError says what is missing, damaged, or not implemented here.
+    in a folder. Raises a KeyError or ValueError for a config that is not of such a model.
     """
-    path = Path(folder, "config.json")
-    try:
-        released = json.loads(read_text(path))
-    except ValueError:
-        raise UserError(f"{path} is not JSON: download it again") from None
+    released = json.loads(read_text(Path(folder, "config.json")))
     # As many keys and values as queries: some models let several queries share a key.
     fixed = FIXED | {"num_key_value_heads": released.get("num_attention_heads")}
     for name, value in fixed.items():
         found = released.get(name, value)
-        check(found == value, f"{path} asks for {name} = {found}, but here it is always {value}")
+        check(found == value, f"{folder} asks for {name} = {found}, but here it is always {value}")
     config = {}
     for field in fields(kind):
-        theirs = RELEASED_FIELDS.get(field.name)
-        if theirs:  # the others are for training alone, and keep their defaults
-            check(theirs in released, f"{path} has no {theirs}: is it of another model?")
-            config[field.name] = released[theirs]
+        if field.name in RELEASED_FIELDS:  # the others are for training, and keep their defaults
+            config[field.name] = released[RELEASED_FIELDS[field.name]]
 
     weights = {}
     for file in Path(folder).glob("*.bin"):
-        for name, tensor in load_weights(file).items():
+        for name, tensor in load_checkpoint(folder, file.name).items():
             for theirs, ours in RELEASED_NAMES.items():
                 name = name.replace(theirs, ours)
             weights[name] = tensor
     return kind(**config), weights
 
 
-def fill(model, weights, folder):
-    """Gives a model its weights, for evaluation; a UserError if one is missing or not known."""
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # it lists what is missing, not known, or of another shape
-        what = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights in {folder} do not fit its config.json: {what} …") from None
-    return model.eval()
-
-
 def load_released_autoencoder(folder):
-    """The autoencoder in a folder of the released layout, in evaluation mode."""
+    """The autoencoder in a folder of the released layout, in evaluation mode. Raises a RuntimeError
+    that lists the weights that are missing, not known, or of another shape.
+    """
     config, weights = read_released(folder, AutoencoderConfig)
-    return fill(Autoencoder(config), weights, folder)
+    model = Autoencoder(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
 
 
 def load_released_calm(folder, autoencoder=None):
     """The CALM in a folder of the released layout, in evaluation mode. It has the frozen
-    autoencoder of that folder, unless another is given, which then gets the weights' dtype.
+    autoencoder of that folder, unless another is given, which then gets the weights' dtype. Raises
+    what `load_released_autoencoder` raises.
     """
     config, weights = read_released(folder, CALMConfig)
     config.context *= config.chunk_size  # theirs counts chunks
     # The config does not give the widths of the autoencoder, but the shape of a weight does.
-    gate = weights.get("autoencoder.encoder_blocks.0.mlp.gate.weight")
-    check(gate is not None, f"{folder} lacks weights: is a file missing?")
+    gate = weights["autoencoder.encoder_blocks.0.mlp.gate.weight"]
     theirs = AutoencoderConfig(config.vocab_size, config.chunk_size, config.latent_size)
     theirs.intermediate_size, theirs.hidden_size = gate.shape
-    # On "meta", tensors have shapes and no memory: `fill` gives the model the loaded ones.
+    # On "meta", tensors have shapes and no memory: the model is given those that are loaded.
     with torch.device("meta"):
         model = CALM(config, Autoencoder(theirs))
-    fill(model, weights, folder)
+    model.load_state_dict(weights, assign=True)
     if autoencoder is not None:
         check(autoencoder.config == theirs, f"the autoencoder is not of the sizes in {folder}")
-        model.autoencoder = autoencoder.to(gate.dtype).requires_grad_(False).eval()
-    return model
+        model.autoencoder = autoencoder.to(gate.dtype).requires_grad_(False)
+    return model.eval()
 
 
 # ------ The command
@@ -501,8 +473,7 @@ def run(main, when_stopped="stopped"):
 def main():
     parser = argparse.ArgumentParser(description="Write text with a trained model.")
     add = parser.add_argument
-    add("--out_dir", default="out/quick", help="where calm.pt is")
-    add("--model", choices=("calm", "baseline"), default="calm", help="one of the models there")
+    add("--out_dir", default="out/quick", help="the folder of a run")
     add("--pretrained", help="a folder of released weights instead")
     add("--autoencoder", help="with --pretrained: a folder with another autoencoder")
     add("--tokenizer", default="tokenizer.model", help="with --pretrained: a file of ranks")
@@ -528,15 +499,19 @@ def main():
 
     if args.pretrained:
         autoencoder = None
-        if args.autoencoder:
-            autoencoder = load_released_autoencoder(args.autoencoder)
-        model = load_released_calm(args.pretrained, autoencoder)
+        try:
+            if args.autoencoder:
+                autoencoder = load_released_autoencoder(args.autoencoder)
+            model = load_released_calm(args.pretrained, autoencoder)
+        except (KeyError, ValueError, RuntimeError) as error:
+            what = " ".join(str(error).split())[:300]
+            raise UserError(f"{args.pretrained} does not hold a released model: {what}") from None
         encoding = load_tokenizer(args.tokenizer)
-        # The released models have 255 tokens more than this encoding, which has one special token.
-        spare = model.config.vocab_size - encoding.n_vocab
-        check(0 <= spare < 256, f"the tokenizer {args.tokenizer} is of another model")
+        # Llama 3 has 255 special tokens that this encoding has not.
+        fits = 0 <= model.config.vocab_size - encoding.n_vocab < 256
+        check(fits, f"the tokenizer {args.tokenizer} is of another model")
     else:
-        model, encoding = load_model(args.out_dir, args.model)
+        model, encoding = load_model(args.out_dir)
     model.to(pick_device(args.device))
     for _ in range(args.n_samples):
         text = write_text(model, encoding, prompt, args.n_tokens, args.temperature, pool)

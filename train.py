@@ -1,15 +1,14 @@
 """`python train.py`: text -> tokens -> autoencoder -> CALM -> score, sample.txt, curves.png
 
-Two models are trained, one after the other, by the same loop: `train`. First the autoencoder learns
-to code chunks. Then it is frozen, and CALM learns to predict its vectors. (--stage baseline trains
-the discrete Transformer instead.) You may begin with `main`, the last function.
+One loop, `train`, trains two models one after the other. First the autoencoder learns to code
+chunks. Then it is frozen, and CALM learns to predict its vectors. (--stage baseline trains the
+discrete Transformer instead.) You may begin with `main`, the last function.
 
 Letters: those of autoencoder.py.
 """
 
 import argparse
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -30,13 +29,13 @@ from matplotlib.figure import Figure
 
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig
-from calm import CALMConfig, TransformerConfig, brier_lm, evaluate_brier
+from calm import CALMConfig, brier_lm, evaluate_brier
 from sample import check
 
 # ------ Settings: each row is a flag, each preset a column of defaults
 #
-# A run reads steps · batch_size · context tokens. These are 23 million in `quick`, which is five
-# times all that there is to learn from in the plays; 2.6 billion in `gpu`; and 524 billion, as
+# A run reads steps · batch_size · context tokens. These are 16 million in `quick`, which is almost
+# four times all that there is to learn from in the plays; 2.6 billion in `gpu`; and 524 billion, as
 # published, in `calm_m`.
 
 PRESETS = ("quick", "gpu", "calm_m")  # minutes on two cores; hours on a GPU; published sizes
@@ -59,8 +58,7 @@ SETTINGS = {
     "batch_size": (16, 32, 256, "sequences in a step"),
     "gradient_accumulation_steps": (1, 2, 64, "parts of a batch: less memory"),
     "autoencoder_steps": (500, 10_000, 7_500, "steps of the autoencoder"),
-    "steps": (5600, 40_000, 250_000, "steps of CALM, or of the baseline"),
-    "optimizer": ("adamw", "muon", "adamw", "adamw or muon, for the matrices"),
+    "steps": (4000, 40_000, 250_000, "steps of CALM, or of the baseline"),
     "lr": (2e-3, 3e-4, 3e-4, "highest learning rate: small models need more"),
     "eval_interval": (400, 1000, 500, "steps between two scores, with a checkpoint"),
 }
@@ -81,8 +79,8 @@ STRIDE = 16  # the scores before it take every 16th of them: they come often
 
 
 def parse_settings():
-    """The settings of a run: flags that are given, and the defaults of its preset for the others.
-    What cannot work is refused now, and not in the midst of a run.
+    """A run's settings: the flags that are given, and its preset's defaults for the others. What
+    cannot work is refused here, and not in the midst of a run.
     """
     parser = argparse.ArgumentParser(description="Train CALM from plain text.")
     add = parser.add_argument
@@ -95,9 +93,10 @@ def parse_settings():
     add("--seed", type=int, default=0, help="of all that is random (0)")
     add("--device", default="auto", help="cpu, cuda or mps (the best there is)")
     add("--dtype", choices=("float32", "bfloat16"), help="of products (bfloat16 if CUDA has it)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="the step (on CUDA with Triton)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="the step (on CUDA)")
     for name, (*values, text) in SETTINGS.items():
         add(f"--{name}", type=type(values[0]), help=f"{text} {tuple(values)}")
+
     args = parser.parse_args()
     args.out_dir = args.out_dir or f"out/{args.preset}"
     for name, (*values, _) in SETTINGS.items():
@@ -106,13 +105,9 @@ def parse_settings():
         value = getattr(args, name)
         fits = isinstance(value, str) or value > 0 or value == 0 and name in MAY_BE_0
         check(fits, f"--{name} {value} is too small")
-    check(args.optimizer in ("muon", "adamw"), "--optimizer is adamw or muon")
-    check(args.seed >= 0, "--seed must be 0 or more")
-    check(args.dropout < 1, "--dropout must be below 1")
-    check(args.n_samples > 1, "--n_samples must be 2 or more: diversity is a mean over pairs")
-    check(args.alpha < 2, "--alpha must be below 2: energy_head.py says why")
-    # A sequence is whole chunks. For a score, 4 tokens must follow the first of them: BrierLM looks
-    # at the next 4 tokens.
+    fits = args.seed >= 0 and args.dropout < 1 and args.alpha < 2 and args.n_samples > 1
+    check(fits, "--seed must be at least 0, --n_samples 2, --dropout below 1, --alpha below 2")
+    # A sequence is whole chunks. For a score, 4 tokens must follow the first: BrierLM looks at 4.
     K = args.chunk_size
     fits = args.context % K == 0 and args.context >= K + 4
     check(fits, f"--context must be a multiple of --chunk_size {K}, at least {K + 4}")
@@ -122,37 +117,36 @@ def parse_settings():
     fits = args.batch_size % args.gradient_accumulation_steps == 0
     check(fits, "--batch_size must be a multiple of --gradient_accumulation_steps")
 
-    # Without these flags, the device decides.
+    # Without these flags, the device decides. (Cards older than 2020, a T4 say, cannot multiply in
+    # bfloat16. For CUDA torch compiles to Triton, which Windows lacks.)
     args.device = sample.pick_device(args.device)
     on_cuda = args.device == "cuda"
     if args.dtype is None:
-        args.dtype = "float32"  # cards older than 2020, a T4 say, cannot multiply in bfloat16
+        args.dtype = "float32"
         if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
             args.dtype = "bfloat16"
-    if args.compile is None:  # for CUDA, torch compiles to Triton, which Windows lacks
-        args.compile = on_cuda and importlib.util.find_spec("triton") is not None
+    if args.compile is None:
+        args.compile = on_cuda and os.name != "nt"
     return args
 
 
 def model_configs(args, vocab_size):
     """The configs of all models, a dict of dicts."""
-    configs = {"autoencoder": {}, "calm": {}, "baseline": {}}
-    kinds = (AutoencoderConfig, CALMConfig, TransformerConfig)
-    for config, kind in zip(configs.values(), kinds):
-        # Many fields of a config are settings of the same name. The others are computed here, or
-        # keep their defaults.
+    configs = {"autoencoder": {}, "calm": {}}
+    for config, kind in zip(configs.values(), (AutoencoderConfig, CALMConfig)):
+        # Many fields are settings of the same name. The others follow, or keep their defaults.
         for field in fields(kind):
             if field.name in SETTINGS:
                 config[field.name] = getattr(args, field.name)
         config["vocab_size"] = vocab_size
-        # SwiGLU has three matrices where a plain MLP has two of width 4 d. With 8/3 d it has as
-        # many weights. LLaMA rounds that up to a multiple of 64: d = 1024 gives 2752.
-        config["intermediate_size"] = math.ceil(args.hidden_size * 8 / 3 / 64) * 64
     # The published autoencoder has l = 128 and widths 512 and 1280: we keep these proportions.
     configs["autoencoder"]["hidden_size"] = 4 * args.latent_size
     configs["autoencoder"]["intermediate_size"] = 10 * args.latent_size
+    # SwiGLU has three matrices where a plain MLP has two of width 4 d. With 8/3 d it has as many
+    # weights. LLaMA rounds that up to a multiple of 64: d = 1024 gives 2752.
+    configs["calm"]["intermediate_size"] = math.ceil(args.hidden_size * 8 / 3 / 64) * 64
     configs["calm"]["n_head_blocks"] = max(1, args.n_layers // 4)
-    return configs
+    return configs | {"baseline": configs["calm"] | {"chunk_size": 1}}
 
 
 # ------ Text as tokens
@@ -207,7 +201,7 @@ def load_tokens(args):
     at each start, which takes a second for the plays, from a text.
     """
     folder = Path(args.data)
-    if (folder / "data.json").exists() and (folder / "ranks.txt").exists():
+    if (folder / "data.json").exists():
         args.tokenizer = "ranks.txt"  # that of the folder, whatever else was asked for
         encoding = sample.load_tokenizer(folder / "ranks.txt")
         # Mapped into memory, not read: a text may be larger than memory. A token has 4 bytes.
@@ -216,8 +210,7 @@ def load_tokens(args):
         about = json.loads(sample.read_text(folder / "data.json"))
     else:
         # In a folder of texts, this run's sample.txt would become one of them.
-        apart = folder.resolve() != Path(args.out_dir).resolve()
-        check(apart, f"--data and --out_dir are both {folder}: name another --out_dir")
+        check(folder != Path(args.out_dir), "--data and --out_dir must be different folders")
         encoding = sample.load_tokenizer(args.tokenizer)
         text = "".join(document + sample.END_OF_TEXT for document in read_documents(args.data))
         tokens = np.array(encoding.encode(text, allowed_special="all"), np.int32)
@@ -226,12 +219,11 @@ def load_tokens(args):
         parts = np.split(tokens, [len(tokens) * 90 // 100, len(tokens) * 95 // 100])
         about = {"source": args.data, "characters": len(text), "tokens": len(tokens)}
         about["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
-    sizes = [len(part) for part in parts]
-    fits = min(sizes) >= args.context
+    # By the digest of its tokens (prepare.py makes it, too) and the sizes of its parts, a resumed
+    # run knows its text.
+    about["sizes"] = [len(part) for part in parts]
+    fits = min(about["sizes"]) >= args.context
     check(fits, f"a part of {args.data} is too short for --context {args.context}")
-    # By the digest of its tokens (prepare.py makes it, too) and these sizes, a resumed run knows
-    # its text, tokenizer and parts.
-    about["sizes"] = sizes
     return Data(*parts, encoding, about)
 
 
@@ -242,8 +234,8 @@ def windows(tokens, starts, length):
 
 
 def random_windows(tokens, n, length):
-    """n pieces that begin anywhere, (n, length). They begin inside chunks, too, so that the model
-    sees the text cut into chunks in all K ways.
+    """n pieces that begin anywhere, (n, length): inside chunks, too, so that the model sees the
+    text cut into chunks in all K ways.
     """
     return windows(tokens, torch.randint(len(tokens) - length + 1, (n,)), length)
 
@@ -254,32 +246,26 @@ def spread_windows(tokens, length):
     return windows(tokens, np.linspace(0, len(tokens) - length, n).astype(int), length)
 
 
-# ------ Optimisers
+# ------ Steps and seeds
 
 
-def make_optimisers(model, name):
-    """Two optimisers for all that is trained: one for the matrices ("muon" or "adamw"), and AdamW
-    without weight decay for embeddings, un-embedding, biases and norms.
-
-    AdamW scales the step of each weight by itself. Muon takes the running mean of a matrix's
-    gradients as a whole, and makes all its singular values equal: rare directions then move as far
-    as frequent ones (https://kellerjordan.github.io/posts/muon). It learns more from a token, but
-    multiplies matrices for it, in bfloat16: on most CPUs that is far too slow.
+def make_optimiser(model):
+    """AdamW for all that is trained. It moves each weight against the running mean of its gradients,
+    divided by the root of the running mean of their squares. So all weights move about equally
+    fast, however large their gradients are. "Weight decay" pulls matrices towards 0, so that no
+    weight grows without need. Embeddings, biases and norms are left alone: a weight for a rare
+    token, say, would shrink between the few steps in which it is used.
     """
     matrices = []
     others = []
-    for parameter, p in model.named_parameters():
-        if p.requires_grad and p.dim() == 2 and "embedding" not in parameter:
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dim() == 2 and "embedding" not in name:
             matrices.append(p)
         elif p.requires_grad:  # not the frozen autoencoder's
             others.append(p)
-    if name == "muon":  # with steps as large as AdamW's, so that both have the same rates
-        size = "match_rms_adamw"
-        first = torch.optim.Muon(matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn=size)
-    else:
-        first = torch.optim.AdamW(matrices, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    # (`fused` steps all weights at once, and not one after the other.)
-    return [first, torch.optim.AdamW(others, betas=BETAS, weight_decay=0, fused=True)]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0}]
+    # `fused` steps all weights at once, and not one after the other.
+    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def learning_rate(step, steps, highest):
@@ -292,14 +278,14 @@ def learning_rate(step, steps, highest):
     return highest * min(step / warm_up, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
+def seed_step(seed, step):
+    """Seeds all that is random in a step. So a resumed run draws what it would have drawn without
+    the stop, and no state of a generator has to be saved. SeedSequence makes one number of two.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+
+
 # ------ Files
-
-
-def path_of(args, kind, name):
-    """The path of a run's file. Those of the baseline have its kind in front of their names."""
-    if kind not in ("autoencoder", "calm"):
-        name = f"{kind}_{name}"
-    return Path(args.out_dir, name)
 
 
 def write(path, content):
@@ -314,65 +300,41 @@ def write(path, content):
         part.unlink(missing_ok=True)  # after a full disk, say
 
 
-def save_checkpoint(kind, model, optimisers, args, data, progress):
-    """Writes the log so far, and {kind}.pt. With its weights, the running means of the optimisers
-    and the step, training goes on as if nothing had happened. By settings and data, a resumed run
-    checks that it is the same. With configs and tokenizer, `sample.load_model` needs no other file.
+def save_checkpoint(kind, model, optimiser, args, data, progress):
+    """Writes the log so far, and {kind}.pt: weights, optimiser and step, so that training goes on
+    as if nothing had happened; settings and data, by which a resumed run checks that it is the
+    same; configs and tokenizer, so that `sample.load_model` needs no other file.
     """
     configs = {kind: vars(model.config)}
     if hasattr(model, "autoencoder"):
         configs["autoencoder"] = vars(model.autoencoder.config)
-    rows = [json.dumps(row) + "\n" for row in progress["log"]]
-    write(path_of(args, kind, "log.jsonl"), "".join(rows).encode())
-    state = {"configs": configs, "settings": vars(args), "data": data.about}
+    log = "".join(json.dumps(row) + "\n" for row in progress["log"])
+    write(Path(args.out_dir, "log.jsonl"), log.encode())
+    state = progress | {"configs": configs, "settings": vars(args), "data": data.about}
     state["tokenizer"] = sample.encoding_parts(data.encoding)
     state["weights"] = model.state_dict()
-    state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
+    state["optimiser"] = optimiser.state_dict()
     buffer = io.BytesIO()
-    torch.save(state | progress, buffer)
+    torch.save(state, buffer)
     write(Path(args.out_dir, f"{kind}.pt"), buffer.getbuffer())
 
 
-def restore_checkpoint(kind, model, optimisers, args, data, progress):
+def restore_checkpoint(kind, model, optimiser, args, data, progress):
     """Puts into all of these what {kind}.pt holds, if a stopped run got so far."""
-    path = Path(args.out_dir, f"{kind}.pt")
-    if not path.exists():
+    if not Path(args.out_dir, f"{kind}.pt").exists():
         return
-    saved = sample.load_checkpoint(args.out_dir, kind)
-    for name in ("sha256", "sizes"):
-        same = saved["data"][name] == data.about[name]
-        check(same, f"{path} began with another text or tokenizer")
+    saved = sample.load_checkpoint(args.out_dir, f"{kind}.pt")
+    check(saved["data"] == data.about, f"{kind}.pt began with another text or tokenizer")
     for name in ("seed", "autoencoder", *SETTINGS):
         value = saved["settings"][name]
-        check(value == getattr(args, name), f"{path} began with --{name} {value}: give it again")
+        check(value == getattr(args, name), f"{kind}.pt began with --{name} {value}: give it again")
     model.load_state_dict(saved["weights"])
-    for optimiser, state in zip(optimisers, saved["optimisers"]):
-        optimiser.load_state_dict(state)
+    optimiser.load_state_dict(saved["optimiser"])
     for name in progress:
         progress[name] = saved[name]
 
 
 # ------ Training
-
-
-def seed_step(seed, step):
-    """Seeds all that is random in a step. So a resumed run draws what it would have drawn without
-    the stop, and no state of a generator has to be saved. SeedSequence makes one number of two.
-    """
-    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
-
-
-def set_precision():
-    """Distances and losses are differences of close numbers, so they need all 24 bits of float32's
-    precision. (`train` runs a model under "autocast": torch then makes matrix products in bfloat16,
-    which keeps 8, and leaves `cdist` in float32.)
-    """
-    # NVIDIA's TF32 keeps 11 bits of each number in a product. It is off in torch, unless a
-    # container changes that.
-    torch.set_float32_matmul_precision("highest")
-    # torch.compile makes the backward pass under autocast, too, unless it is told otherwise. Then
-    # the gradients of distances would be rough. (Torch has no public name for this.)
-    torch._functorch.config.backward_pass_autocast = "off"
 
 
 def train(kind, model, args, data, log):
@@ -387,18 +349,21 @@ def train(kind, model, args, data, log):
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"\n{kind}, {PURPOSES[kind]}: {n_parameters:,} parameters to train", flush=True)
 
-    set_precision()
     model.to(args.device).train()
-    optimisers = make_optimisers(model, args.optimizer)
-    # Autocast: matrix products in bfloat16 are several times as fast. Weights and sums stay in
-    # float32, so that small steps are not rounded away.
+    optimiser = make_optimiser(model)
+    # Under autocast, torch makes matrix products in bfloat16, which keeps 8 bits of a number, since
+    # that is several times as fast. Weights stay in float32, so that small steps are not rounded
+    # away, and so do distances and losses, since they are differences of close numbers. When torch
+    # compiles, the gradients of distances would be made in bfloat16, too, unless it is told not to.
+    # (It has no public name for that.)
     half = args.dtype == "bfloat16"
     precision = torch.autocast(args.device, torch.bfloat16, enabled=half)
+    torch._functorch.config.backward_pass_autocast = "off"
 
     # Begin, or go on where the checkpoint is.
     progress = {"step": 0, "seconds": 0.0, "log": log}
     if args.resume:
-        restore_checkpoint(kind, model, optimisers, args, data, progress)
+        restore_checkpoint(kind, model, optimiser, args, data, progress)
 
     # `forward` computes what the model computes. Compiled, its operations are joined into fewer and
     # faster ones, since a GPU spends much of its time on fetching numbers and putting them back.
@@ -411,18 +376,14 @@ def train(kind, model, args, data, log):
     since = time.monotonic()  # the time of that line
     for step in range(shown + 1, steps + 1):
         # The learning rate of this step.
-        for optimiser in optimisers:
-            optimiser.param_groups[0]["lr"] = learning_rate(step, steps, args.lr)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, args.lr)
 
         # The next batch, from anywhere in the text. The seed is also that of all that the model
         # draws for it: lost tokens and noise for the autoencoder, noise and targets for the head.
         seed_step(args.seed, step)
         batch = random_windows(data.train, args.batch_size, args.context)  # (B, T)
-        if args.device == "cuda":
-            # "Pinned" memory stays in its place, so the GPU can copy it while Python goes on. A
-            # copy from other memory would wait until the GPU has done all that is queued.
-            batch = batch.pin_memory()
-        batch = batch.to(args.device, non_blocking=args.device == "cuda")
+        batch = batch.to(args.device)
 
         # Forward and backward, part by part. `backward` adds to the gradients that are there. So
         # after the last part they are those of the whole batch, in the memory of one part.
@@ -433,14 +394,13 @@ def train(kind, model, args, data, log):
             losses.append(loss.detach())
 
         # One step. A gradient longer than 1 is cut to that length, so that a single strange batch
-        # does not dominate the running means of the optimisers.
+        # does not dominate the running means of the optimiser.
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
+        optimiser.step()
+        optimiser.zero_grad()
 
         # Python has only queued all this: a GPU still works on it. Unless there is something to
-        # report, we go on and queue the next step, so that the GPU never has to wait for Python.
+        # report, we go on and queue the next step, so that the GPU does not wait for Python.
         scoring = step % args.eval_interval == 0 or step == steps
         if not scoring and time.monotonic() - since < SECONDS:
             continue
@@ -453,24 +413,23 @@ def train(kind, model, args, data, log):
         progress["seconds"] += passed
         left = (steps - step) * progress["seconds"] / step / 60
         print(f"{kind} {step}/{steps}: loss {loss:.3f}, {new * batch.numel() / passed:,.0f} "
-              f"tokens/s, {left:.1f} minutes left", flush=True)
+              f"tokens/s, {left:.1f} minutes left", flush=True)  # fmt: skip
 
         # Now and then, a score and a checkpoint.
         if scoring:
             row = {"stage": kind, "step": step, "tokens": step * batch.numel()}
             row["loss"] = torch.stack(losses).mean().item()
             row |= {"seconds": progress["seconds"], "parameters": n_parameters}
-            # As many sequences at a time as in a part of a batch: that many fit in memory.
             model.eval()
             if step < steps:
-                row |= evaluate(model, validation[::STRIDE], len(part), precision)
+                scores = evaluate(model, validation[::STRIDE], precision)
             else:
-                row |= evaluate(model, validation, len(part), precision)
-                row["test"] = evaluate(model, test, len(part), precision)
+                scores = evaluate(model, validation, precision)
+                row["test"] = evaluate(model, test, precision)
             progress["step"] = step
-            progress["log"].append(row)
-            save_checkpoint(kind, model, optimisers, args, data, progress)
-            show(model, data.encoding, validation[0], row)
+            progress["log"].append(row | scores)
+            save_checkpoint(kind, model, optimiser, args, data, progress)
+            show(model, data.encoding, validation[0], scores)
             model.train()
             losses = []
         shown = step
@@ -479,12 +438,11 @@ def train(kind, model, args, data, log):
 
 
 @torch.no_grad()
-def evaluate(model, sequences, batch_size, precision):
+def evaluate(model, sequences, precision):
     """Loss, metrics and Brier scores on held-out sequences (n, T): a dict of numbers."""
     seed_step(0, 0)  # the same noise for every score, so that the model alone makes a difference
-    # At most 8 192 tokens at a time: with a large vocabulary their logits are what takes memory,
-    # and a score should not need more than training does.
-    batch_size = min(batch_size, max(1, 8192 // sequences.shape[1]))
+    # About 4 096 tokens at a time: with a large vocabulary, their logits are what takes memory.
+    batch_size = max(1, 4096 // sequences.shape[1])
     scores = {}
     with precision:
         for batch in sequences.split(batch_size):
@@ -540,29 +498,25 @@ def brier_lm_of_frequencies(train_tokens, sequences, vocab_size):
     """
     some = train_tokens[:10_000_000]
     P = torch.from_numpy(np.bincount(some, minlength=vocab_size) / len(some))  # (V,)
-    windows_of_4 = P[sequences].unfold(1, 4, 1)  # (n, T-3, 4): P of each token, and the next three
-    P_of_text = windows_of_4.cumprod(-1).mean((0, 1))  # (4,): P of the next 1 … 4 tokens
+    P_of_next = P[sequences].unfold(1, 4, 1).cumprod(-1)  # (n, T-3, 4): of the next 1 … 4 tokens
     sum_of_squares = P.square().sum() ** torch.arange(1, 5)  # (4,): for n tokens, the n-th power
-    return brier_lm(2 * P_of_text - sum_of_squares)
+    return brier_lm(2 * P_of_next.mean((0, 1)) - sum_of_squares)
 
 
 def draw_curves(path, log):
     """Draws the scores in a log, on validation text, over the tokens of training."""
     figure = Figure(figsize=(12, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    panels = figure.subplots(1, 3)
     tokens = [row["tokens"] / 1e6 for row in log]
-    curves = {"val_loss": left, "fidelity": left, "diversity": left, "confidence": right}
-    for name, axes in curves.items():
-        if name in log[0]:  # the discrete Transformer has a loss alone
-            axes.plot(tokens, [row[name] for row in log], label=name.replace("val_", ""))
+    columns = {"val_loss": 0, "fidelity": 0, "diversity": 0, "brier_lm": 1, "confidence": 2}
+    for name, column in columns.items():
+        if name in log[0]:  # the discrete Transformer has no fidelity, diversity, confidence
+            panels[column].plot(tokens, [row[name] for row in log], "o-", label=name)
     for n in range(4):
-        middle.plot(tokens, [100 * row["brier"][n] for row in log], label=f"Brier-{n + 1} × 100")
-    middle.plot(tokens, [row["brier_lm"] for row in log], "ko-", label="BrierLM")
-    for axes in (left, middle, right):
-        axes.set_xlabel("training tokens (millions)")
-        if axes.lines:
-            axes.legend()
-    middle.legend(loc=(0.52, 0.42))  # elsewhere it would hide a curve
+        panels[1].plot(tokens, [100 * row["brier"][n] for row in log], label=f"Brier-{n + 1} · 100")
+    for panel in panels:
+        panel.set_xlabel("training tokens (millions)")
+        panel.legend(framealpha=0.5)  # a curve behind it shows through
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     write(path, buffer.getbuffer())
@@ -583,7 +537,7 @@ def finish(kind, model, args, data, log):
     last = summary[kind]
     positions = last.get("positions")
     summary["protocol"] = {"context": args.context, "positions": positions, "split": "test"}
-    write(path_of(args, kind, "summary.json"), json.dumps(summary, indent=1).encode())
+    write(Path(args.out_dir, "summary.json"), json.dumps(summary, indent=1).encode())
     if kind == "autoencoder":
         return
     # At T = 1 a text has the model's own distribution. At T = 1/2 it is more careful.
@@ -592,9 +546,8 @@ def finish(kind, model, args, data, log):
         seed_step(args.seed, 0)
         written = sample.write_text(model.eval(), data.encoding, "\n", 400, temperature)
         text += f"{'-' * 20} at temperature {temperature}\n{written}\n"
-    write(path_of(args, kind, "sample.txt"), text.encode())
-    rows = [row for row in log if row["stage"] == kind]
-    draw_curves(path_of(args, kind, "curves.png"), rows)
+    write(Path(args.out_dir, "sample.txt"), text.encode())
+    draw_curves(Path(args.out_dir, "curves.png"), [row for row in log if row["stage"] == kind])
     sequences = spread_windows(data.test, args.context)
     low = brier_lm_of_frequencies(data.train, sequences, data.encoding.n_vocab)
     error = f"{last['brier_lm_se']:.2f}".replace("nan", "unknown (of one sequence)")
@@ -614,15 +567,15 @@ def new_model(kind, args, data):
         return sample.build_model(kind, configs), []
     # The autoencoder may come from another run, with other settings (--kl_weight, say).
     folder = args.autoencoder or args.out_dir
-    saved = sample.load_checkpoint(folder, "autoencoder")
-    theirs = saved["configs"]["autoencoder"]
-    fits = saved["tokenizer"] == sample.encoding_parts(data.encoding)
+    saved = sample.load_checkpoint(folder, "autoencoder.pt")
+    configs["autoencoder"] = theirs = saved["configs"]["autoencoder"]
+    same = saved["tokenizer"] == sample.encoding_parts(data.encoding)
     for name in ("chunk_size", "latent_size"):
-        fits = fits and theirs[name] == getattr(args, name)
-    check(fits, f"{folder}/autoencoder.pt has another tokenizer, --chunk_size or --latent_size")
+        same = same and theirs[name] == getattr(args, name)
+    check(same, f"{folder}/autoencoder.pt has another tokenizer, --chunk_size or --latent_size")
     whole = saved["step"] == saved["settings"]["autoencoder_steps"]
     check(whole, f"{folder}/autoencoder.pt is not trained to its end: --resume it first")
-    model = sample.build_model(kind, configs | {"autoencoder": theirs})
+    model = sample.build_model(kind, configs)
     model.autoencoder.load_state_dict(saved["weights"])
     return model, saved["log"]
 
@@ -635,18 +588,16 @@ def main():
     if args.autoencoder:
         check("calm" in kinds, "--autoencoder is for training CALM")
         kinds = ["calm"]
-    # What took hours to train is not overwritten: neither a model, nor the autoencoder whose
-    # vectors a CALM has learnt.
-    models = {path.stem for path in Path(args.out_dir).glob("*.pt")}
+    # A folder holds one run. What took hours to train is not overwritten.
+    there = {path.stem for path in Path(args.out_dir).glob("*.pt")}
+    expected = set()
+    if args.resume or args.stage == "calm":
+        expected.add("autoencoder")
     if args.resume:
-        check(models, f"{args.out_dir} holds no run: leave out --resume")
-        borrowed = "calm" in models.intersection(kinds) and "autoencoder" not in models
-        check(args.autoencoder or not borrowed, f"{args.out_dir} needs its --autoencoder again")
-    for kind in kinds:
-        check(args.resume or kind not in models, f"{args.out_dir} holds a trained {kind}.pt: go on "
-              "with it (--resume), name another --out_dir, or delete the folder")  # fmt: skip
-    alone = args.stage != "autoencoder" or "calm" not in models
-    check(alone, f"{args.out_dir} holds a calm.pt, which needs its autoencoder: name another")
+        expected.update(kinds)
+        check(there, f"{args.out_dir} holds no run: leave out --resume")
+    check(there <= expected, f"{args.out_dir} holds a trained model: go on with it (--resume), "
+          "name another --out_dir, or delete the folder")  # fmt: skip
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
 
     # The first line says where a run runs: a GPU with a wrong driver, say, is not found.

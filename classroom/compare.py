@@ -58,8 +58,7 @@ def kind_of(name):
 
 def train(name, flags, folder):
     """Runs train.py, unless it has already finished with these flags; returns its summary."""
-    prefix = "baseline_" * (kind_of(name) == "baseline")
-    asked, done = folder / "flags.txt", folder / f"{prefix}summary.json"
+    asked, done = folder / "flags.txt", folder / "summary.json"
     same = asked.exists() and asked.read_text(encoding="utf-8") == " ".join(flags)
     begun = same and any(folder.glob("*.pt"))
     if begun and done.exists():
@@ -183,7 +182,7 @@ def main():
         summaries[name] = train(name, flags, out_dir / name)
         compute[name] = compute_of(name, out_dir / name, summaries[name])
         if kind_of(name) == "baseline":
-            rows = sample.read_text(out_dir / name / "baseline_log.jsonl").splitlines()
+            rows = sample.read_text(out_dir / name / "log.jsonl").splitlines()
             logs[name] = [json.loads(row) for row in rows]
     text = table(summaries, compute)
     (out_dir / "table.md").write_text(text, encoding="utf-8")

@@ -1,11 +1,12 @@
 """How many of the words that a model writes are words?
 
-    python classroom/words.py FOLDER [--model baseline | --model choices]
+    python classroom/words.py FOLDER
 
 A word is a run of two letters or more. It counts if the training text has it, in the same case.
 """
 
 import argparse
+import json
 import re
 import sys
 import time
@@ -46,14 +47,13 @@ def documents_in(tokens, encoding):
 def main():
     parser = argparse.ArgumentParser(description="How many of the words that a model writes are?")
     parser.add_argument("folder", nargs="?", default="out/quick", help="the --out_dir of a run")
-    parser.add_argument("--model", choices=("calm", "baseline", "choices"), default="calm")
     args = parser.parse_args()
-    if args.model == "choices":
+    if Path(args.folder, "choices.pt").exists():
         model, encoding = choices.load(args.folder)
     else:
-        model, encoding = sample.load_model(args.folder, args.model)
+        model, encoding = sample.load_model(args.folder)
 
-    settings = sample.load_checkpoint(args.folder, args.model)["settings"]
+    settings = json.loads(sample.read_text(Path(args.folder, "summary.json")))["config"]
     data = train.load_tokens(Namespace(**settings))
     known = {word for text in documents_in(data.train, encoding) for word in words_of(text)}
     share, *_ = share_of_words(documents_in(data.test, encoding), known)

@@ -163,15 +163,22 @@ class HeadByParts(nn.Module):
             return h
         return h + self.earlier[k - 1](parts)
 
+    def teacher_forcing(self, h, true, noise=0.3):
+        """What each of the K heads is given in training: h, and the text's own parts before its
+        part, each number with noise of this std. h (n, d), true (n, l), which has the K parts side
+        by side -> K tensors (n, d), the first of them h itself.
+        """
+        noisy = true + noise * torch.randn_like(true)
+        return [self.given(h, noisy[:, : k * self.size]) for k in range(K)]
+
     def loss(self, h, chunks, autoencoder):
         mean, log_std = autoencoder.encode(chunks)
         z = mean + log_std.exp() * torch.randn_like(mean)
         true = z @ self.basis  # (n, l): in this basis the parts stand side by side
-        noisy = true + 0.3 * torch.randn_like(true)
         loss = 0
-        for k, head in enumerate(self.heads):
+        for k, hidden in enumerate(self.teacher_forcing(h, true)):
             begin, end = k * self.size, (k + 1) * self.size
-            samples = head.sample(self.given(h, noisy[:, :begin]), N_SAMPLES)
+            samples = self.heads[k].sample(hidden, N_SAMPLES)
             # The posterior is known in the old basis. Here its mean is enough: it is narrow.
             still = torch.full_like(true[:, begin:end], -3.0)
             loss = loss + energy_loss(samples, true[:, begin:end], still, N_TARGETS, ALPHA)[0]

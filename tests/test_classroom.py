@@ -12,7 +12,7 @@ from conftest import tiny_calm
 
 import sample
 import train
-from classroom import bottle, compare, prepare, words
+from classroom import bottle, compare, exercise_9, prepare, words
 from classroom.choices import ALPHA, ChoiceCALM, energy_score_of_choice
 
 TEXT = "low lower lowest slow slower, blow! The show below: 123 1234 élan élan\n\n  lows aaaaa" * 3
@@ -185,3 +185,22 @@ def test_the_parts_of_a_latent_are_a_basis_in_which_the_tokens_stand_side_by_sid
     torch.testing.assert_close(basis.T @ basis, torch.eye(8), atol=1e-5, rtol=0)
     overlap = (Sum.mix @ basis).view(4, 2, 4, 2).square().sum((1, 3)) / 2
     torch.testing.assert_close(overlap, torch.eye(4), atol=1e-4, rtol=0)
+
+
+def test_teacher_forcing_gives_each_head_the_texts_earlier_parts_and_noise():
+    base = tiny_calm(vocab_size=3).autoencoder
+    head = bottle.HeadByParts(base, Namespace(chunks=[torch.randint(3, (200, 4))]))
+    h, true = torch.randn(1000, bottle.WIDTH), torch.randn(1000, 8)
+    expected = [h, *(h + earlier(true[:, : earlier.in_features]) for earlier in head.earlier)]
+    torch.testing.assert_close(list(head.teacher_forcing(h, true, noise=0.0)), expected)
+    head.given = lambda h, parts: parts
+    noise = head.teacher_forcing(h, true)[3] - true[:, :6]
+    assert abs(noise.std().item() - 0.3) < 4.5 * 0.3 / 12_000**0.5
+
+
+def test_the_test_of_exercise_9_knows_the_unbiased_diversity_each_time():
+    names = ("divided_by_n_squared", "clamp_counted", "power_after_the_mean")
+    for name in ("fidelity_and_diversity", *names):
+        function = getattr(exercise_9, name)
+        answers = {exercise_9.diversity_is_unbiased(function) for _ in range(20)}
+        assert answers == {name == "fidelity_and_diversity"}, name

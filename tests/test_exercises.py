@@ -1,11 +1,8 @@
-"""The exercises: what is said of nothing, of the reference's answers, and of wrong ones."""
-# ruff: noqa: F821 (the wrong answers use the names of the file into which they are put)
+"""The exercises: their data, what is said of answers, and what the commands promise."""
 
-import inspect
+import doctest
 import re
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,113 +11,100 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "classroom"))
 import exercises  # noqa: E402
 
-
-class Wrong:
-    """Each takes the place of the function of the exercise whose number is in its name."""
-
-    def answer_1_floored_after_the_sum(mean, log_std, floor=0.0):
-        return (0.5 * (mean**2 + torch.exp(2 * log_std) - 1 - 2 * log_std)).sum(-1).clamp_min(floor)
-
-    def answer_1_std_taken_for_variance(mean, log_std, floor=0.0):
-        return (0.5 * (mean**2 + torch.exp(log_std) - 1 - log_std)).clamp_min(floor).sum(-1)
-
-    def answer_2_the_kl_alone(self, tokens):
-        kl = kl_divergence(*self.encode(tokens)).mean()
-        return kl, {"reconstruction": kl, "kl": kl, "accuracy": kl}
-
-    def answer_2_nothing_damaged(self, tokens):
-        logits = self.decode(self.encode(tokens)[0])
-        right = (logits.argmax(-1) == tokens).float().mean()
-        entropy = 4 * F.cross_entropy(logits.flatten(0, -2), tokens.flatten())
-        kl = kl_divergence(*self.encode(tokens), self.config.kl_floor).mean()
-        return entropy + 1e-3 * kl, {"reconstruction": entropy, "kl": kl, "accuracy": right}
-
-    def answer_3_each_sample_paired_with_itself(samples, targets, alpha):
-        x, y = samples.movedim(0, -2), targets.movedim(0, -2)
-        return tuple((torch.cdist(x, to) ** alpha).mean((-1, -2)) for to in (y, x))
-
-    def answer_3_only_one_target(samples, targets, alpha):
-        x, y = samples.movedim(0, -2), targets.movedim(0, -2)
-        return torch.cdist(x, y[..., :1, :]).mean((-1, -2)) ** alpha, torch.pdist(x).mean() ** alpha
-
-    def answer_4_only_the_last_block(self, hidden, noise):
-        x = self.noise_norm(self.noise_in(noise))
-        c = self.hidden_norm(self.hidden_in(hidden)).expand_as(x)
-        return self.final(self.final_norm(self.blocks[-1](x, c) if self.blocks else x))
-
-    def answer_4_without_the_blocks(self, hidden, noise):
-        return self.final(self.final_norm(self.noise_norm(self.noise_in(noise))))
-
-    def answer_5_equal_samples_cost_nothing(first, second, target):
-        return prefix_matches(first, target) + prefix_matches(second, target)
-
-    def answer_5_each_token_by_itself(first, second, target):
-        a, b, c = first == target, second == target, first == second
-        return (a.float() + b.float() - c.float())[..., :4]
-
-    def answer_6_floored_after_the_product(brier):
-        return 100 * max(math.prod(float(b) for b in brier), 0.0) ** (1 / 4)
-
-    def answer_6_the_arithmetic_mean(brier):
-        return 100 * sum(max(float(b), 0.0) for b in brier) / 4
-
-    def answer_7_draws_read_twice(draw, temperature):
-        draws = draw(256)
-        return draws[1:][(draws[1:] == draws[:-1]).all(-1)][0]
-
-    def answer_7_the_fraction_ignored(draw, temperature):
-        attempts = draw(252).unflatten(0, (-1, int(1 / temperature)))
-        return attempts[(attempts == attempts[:, :1]).flatten(1).all(-1)][0, 0]
-
-    def answer_8_a_in_place_of_a_over_i(draws, x, a, generator=None):
-        while not torch.equal(next(draws), x):
-            if torch.rand(()) < a:
-                return False
-        return True
-
-    def answer_8_one_trial_only(draws, x, a, generator=None):
-        return torch.equal(next(draws), x) or bool(torch.rand(()) >= a)
+# A project so small that a check is quick: two functions, the second of which needs the first.
+SMALL = 'def double(x):\n    """2 x."""\n    return 2 * x\n\n\nclass Box:\n    def half(self, x):\n'
+SMALL += '        """Half of x."""\n        return double(x) / 4\n'
+TESTS = "import small\n\ndef test_double_of_text():\n    assert small.double('a') == 'aa'\n"
+STUBS = ['raise NotImplementedError("exercise 1")', 'raise NotImplementedError("exercise 2")']
+EXAMPLES = ">>> from small import *\n>>> Box().half(double(4))\n4.0\n"
+DOUBLE = exercises.Exercise(1, "small.py", "double", "test_small.py", "double", "abc", EXAMPLES)
+HALF = DOUBLE._replace(number=2, function="Box.half")
 
 
-def verdict(exercise, trial, monkeypatch, wrong=None):
-    """What the worked example says of the reference, or of it with a wrong answer in it."""
-    for name in exercises.FILES:
-        source = exercises.read(ROOT, name)
-        if wrong and name == exercise.file:
-            before, right, after = exercises.split(source, exercise)
-            text = textwrap.dedent(inspect.getsource(getattr(Wrong, wrong)))
-            text = text.replace(wrong, exercise.function.split(".")[-1])
-            source = before + textwrap.indent(text, right[: right.index("def")]) + after
-        (trial / name).write_text(source, encoding="utf-8")
-    for name in ("autoencoder", "energy_head", "calm", "sample"):  # other tests need theirs
-        monkeypatch.setitem(sys.modules, name, sys.modules[name])
-    monkeypatch.syspath_prepend(trial)
-    return exercises.worked_example(trial, exercise)
+@pytest.fixture
+def small(tmp_path, monkeypatch, capsys):
+    """A function: what check says of (exercise, its body), in a student's copy of SMALL."""
+    file, reference = tmp_path / "Übungen 1/small.py", tmp_path / "Übungen 1/.reference"
+    (reference / "tests").mkdir(parents=True)
+    (reference / "small.py").write_text(SMALL, "utf-8")
+    (reference / "tests/test_small.py").write_text(TESTS, "utf-8")
+    stubs = SMALL.replace("return 2 * x", STUBS[0]).replace("return double(x) / 4", STUBS[1])
+    monkeypatch.setattr(exercises, "ROOT", file.parent)
+    monkeypatch.setattr(exercises, "REFERENCE", reference)
+    monkeypatch.setattr(exercises, "EXERCISES", [DOUBLE, HALF])
+
+    def said_of(exercise, body):
+        file.write_text(stubs.replace(STUBS[exercise.number - 1], body), "utf-8")
+        with pytest.raises(SystemExit):
+            exercises.check(exercise)
+        return capsys.readouterr().out.replace(str(file), "FILE")
+
+    return said_of
 
 
 @pytest.mark.parametrize("exercise", exercises.EXERCISES, ids=lambda exercise: exercise.function)
-def test_the_references_answer_is_right_and_has_tests(exercise, tmp_path, monkeypatch):
-    assert verdict(exercise, tmp_path, monkeypatch) == ""
-    tests = re.findall(r"def (test_\w+)", exercises.read(ROOT, "tests", f"test_{exercise.file}"))
+def test_the_examples_are_true_of_the_reference(exercise):
+    examples = doctest.DocTestParser().get_doctest(exercise.examples, {}, "examples", "", 0)
+    assert doctest.DocTestRunner().run(examples) == (0, len(examples.examples))
+    assert len(examples.examples) >= 3 and len(exercise.hints) == 3
+    tests = (ROOT / "tests" / exercise.test_file).read_text("utf-8")
     for word in exercise.tests.split(" or "):
-        assert any(word in test for test in tests), f"no test is selected by {word}"
+        assert re.search(rf"def test_\w*{word}", tests), f"no test is selected by {word}"
 
 
-@pytest.mark.parametrize("wrong", [name for name in vars(Wrong) if "answer" in name])
-def test_a_wrong_answer_is_called_wrong(wrong, tmp_path, monkeypatch):
-    exercise = exercises.EXERCISES[int(wrong.split("_")[1]) - 1]
-    assert "yours is" in verdict(exercise, tmp_path, monkeypatch, wrong)
+def test_a_new_folder_lacks_only_the_bodies_and_works_by_itself(tmp_path, monkeypatch):
+    exercises.new(tmp_path)
+    monkeypatch.setattr(exercises, "ROOT", tmp_path)
+    monkeypatch.setattr(exercises, "REFERENCE", tmp_path / ".reference")
+    assert [exercises.verdict(e) for e in exercises.EXERCISES] == ["not started"] * 10
+    for e in exercises.EXERCISES:
+        _, stub = exercises.find(tmp_path / e.file, e.function)
+        _, function = exercises.find(ROOT / e.file, e.function)
+        assert stub.startswith(function[: function.rindex('"""')].rstrip()) and ">>>" in stub
+        exercises.solution(e)
+        assert exercises.find(tmp_path / e.file, e.function)[1] == function
+    assert exercises.verdict(exercises.EXERCISES[5]) == "right"
 
 
-def test_the_way_of_a_student(tmp_path):
-    folder, check = tmp_path / "mine", "classroom/exercises.py check 5 6".split()
-    exercises.new(folder)
-    exercises.solution(folder, exercises.EXERCISES[5])
-    done = subprocess.run([sys.executable, *check], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 1 and "not started\n" in done.stdout
-    assert done.stdout.endswith("right\n"), done
+@pytest.mark.parametrize("exercise, body, said", [
+    (DOUBLE, STUBS[0], ["double: not started"]),
+    (DOUBLE, "return x + x", ["double: right"]),  # the other one is not started
+    (HALF, "return double(double(x)) / 8", ["half: right"]),
+    (DOUBLE, "return x", ["wrong", "Call:\n        Box().half", "Expected:", "4.0", "Got:", "1.0"]),
+    (DOUBLE, "return y", ["Got an error:", '"FILE", line 3, in double', "return y", "NameError"]),
+    (DOUBLE, "return int(x) * 2", ["A test does not pass: double of text", "small.py:3", "'a'"]),
+    (HALF, "return (", ["half: wrong: Box.half cannot be found in small.py", "line 9"]),
+])  # fmt: skip
+def test_what_is_said_is_short_and_names_the_students_own_lines(exercise, body, said, small):
+    text = small(exercise, body)
+    assert len(text.splitlines()) < 12
+    for words in said:
+        text = text[text.index(words) :]
 
 
-def test_mistakes_of_use_are_one_sentence(command):
-    assert "not empty" in command(exercises.main, "new", ROOT)
-    assert "make a copy first" in command(exercises.main, "check")
+def test_a_loop_without_an_end_is_ended_and_its_line_is_named(small, monkeypatch):
+    monkeypatch.setattr(exercises, "SECONDS", 6)
+    said = small(DOUBLE, "import time\n    while True:\n        time.sleep(1)")
+    assert "not ready after 6 s, at line 5" in said
+
+
+def test_hints_come_in_steps_and_a_solution_keeps_all_versions(small, capsys):
+    for n in (1, 2, 3, 3):
+        exercises.hint(DOUBLE)
+        assert capsys.readouterr().out.split()[-n:] == ["a", "b", "c"][:n]
+    for version in ("return 'first'", "return 'second'"):
+        small(DOUBLE, version)
+        exercises.solution(DOUBLE)
+        assert "return 2 * x" in (exercises.ROOT / "small.py").read_text("utf-8")
+        assert version in (exercises.ROOT / "my_answer_1.txt").read_text("utf-8")
+    assert "first" in (exercises.ROOT / "my_answer_1.txt").read_text("utf-8")
+
+
+def test_mistakes_of_use_are_one_sentence(command, tmp_path):
+    assert "go there" in command(exercises.main, "check")
+    for words in ([], ["hint"], ["check", "11"], ["solution", "1", "2"], ["new"], ["find", "3"]):
+        assert "type new FOLDER" in command(exercises.main, *words)
+    (tmp_path / "file").touch()
+    assert "is not empty" in command(exercises.main, "new", tmp_path)
+    assert "outside" in command(exercises.main, "new", ROOT / "tests/mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

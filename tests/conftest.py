@@ -40,14 +40,11 @@ def tiny_calm(chunk_size=4, vocab_size=13, context=32, seed=0, noisy=True):
 
 def chi_square_p(observed, expected):
     """The p-value of counts (outcomes,) against expected ones. The impossible must not occur."""
-    observed, expected = torch.as_tensor(observed).double(), torch.as_tensor(expected).double()
-    assert observed[expected == 0].sum() == 0, "an impossible outcome occurred"
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    if len(observed) == 1:
-        return 1.0
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    half = torch.tensor((len(observed) - 1) / 2).double()  # of the degrees of freedom
-    return torch.special.gammaincc(half, statistic / 2).item()
+    possible = expected > 0
+    assert observed[~possible].sum() == 0, "an impossible outcome occurred"
+    statistic = ((observed - expected)[possible].double() ** 2 / expected[possible]).sum()
+    freedom = (possible.sum() - 1).clamp_min(1)  # of one possible outcome the statistic is 0
+    return torch.special.gammaincc(freedom / 2, statistic / 2).item()
 
 
 def slow_energy_score(x, y, alpha=1.0):

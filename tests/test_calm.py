@@ -114,7 +114,8 @@ def test_evaluate_brier_is_the_score_of_slow_draws(K, seed):
 
 def test_the_standard_error_is_that_of_a_mean_over_sequences():
     """A certain model is right or wrong on each sequence. With a share of p right, the score is
-    100 (2 p - 1), its error 200 sqrt(p (1 - p) / sequences). The bootstrap: within 10 %.
+    100 (2 p - 1), its error 200 sqrt(p (1 - p) / sequences). The bootstrap: within 10 %. One
+    sequence has no standard error, and what is too short has no score.
     """
     model = tiny_calm(context=8, noisy=False)
     text = generate(model, torch.randint(13, (400, 4)), 4)
@@ -122,6 +123,10 @@ def test_the_standard_error_is_that_of_a_mean_over_sequences():
     result = evaluate_brier(model, text.flatten(), 8)
     assert result["brier_lm"] == pytest.approx(100 * (2 * 0.85 - 1))
     assert result["brier_lm_se"] == pytest.approx(200 * (0.85 * 0.15 / 400) ** 0.5, rel=0.1)
+    assert math.isnan(evaluate_brier(model, text[99], 8)["brier_lm_se"])
+    for context, word in ((16, "less than"), (4, "too short")):
+        with pytest.raises(AssertionError, match=word):
+            evaluate_brier(model, text[99], context)
 
 
 def test_small_chunks_are_scored_at_8_k_places_that_are_spread():
@@ -135,12 +140,3 @@ def test_small_chunks_are_scored_at_8_k_places_that_are_spread():
     text[128:] = (text[128:] + 1) % 13
     assert -0.4 < evaluate_brier(model, text, 256)["brier"][0] < 0.4
     assert evaluate_brier(tiny_calm(2, context=256), text, 256)["positions"] == 16
-
-
-def test_one_sequence_has_no_standard_error_and_too_little_has_no_score():
-    model, text = tiny_calm(context=16), torch.randint(13, (16,))
-    result = evaluate_brier(model, text, 16)
-    assert result["brier_lm"] >= 0 and math.isnan(result["brier_lm_se"])
-    for context, word in ((32, "less than"), (4, "too short")):
-        with pytest.raises(AssertionError, match=word):
-            evaluate_brier(model, text, context)

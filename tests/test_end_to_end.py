@@ -29,6 +29,7 @@ def test_a_run_learns_the_text_and_leaves_what_it_promises(repeating):
     text = (out_dir / "sample.txt").read_text(encoding="utf-8")
     assert LINE * 30 in text.split("temperature 0.5")[1] and text in stdout
     assert "temperature 1.0" in text and "BrierLM" in stdout.splitlines()[-1]
+    assert "with noise " in stdout and "draws" in stdout and "writes" in stdout
     rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
     assert rows[0]["stage"] == "autoencoder" and rows[-1]["step"] == 150 and rows[-1]["loss"] > 0
     assert rows[-1]["brier_lm"] > 98, "the running score is of validation text"

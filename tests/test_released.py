@@ -85,6 +85,14 @@ def folder(tmp_path):
     return tmp_path / "calm"
 
 
+def refusal(folder):
+    """The one sentence that says why a folder cannot be loaded."""
+    with pytest.raises(sample.UserError) as error:
+        load_released_calm(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    return str(error.value)
+
+
 @pytest.mark.parametrize("name, value", [
     ("rope_theta", 500_000.0), ("rope_scaling", {"type": "linear", "factor": 2.0}),
     ("rms_norm_eps", 1e-5), ("hidden_act", "gelu"), ("num_key_value_heads", 2),
@@ -93,8 +101,7 @@ def folder(tmp_path):
 def test_a_config_that_asks_for_another_computation_is_refused(folder, name, value):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {name: value}))
-    with pytest.raises(sample.UserError, match=name):
-        load_released_calm(folder)
+    assert name in refusal(folder)
 
 
 @pytest.mark.parametrize("name, tensor, word", [
@@ -102,7 +109,7 @@ def test_a_config_that_asks_for_another_computation_is_refused(folder, name, val
     ("bias_of_something", torch.ones(3), "bias_of_something"),
     ("transformer.norm.weight", torch.ones(3), "size mismatch"),
 ])  # fmt: skip
-def test_weights_that_do_not_fit_are_one_sentence(folder, name, tensor, word):
+def test_weights_that_do_not_fit_are_refused(folder, name, tensor, word):
     """None stands for weights that are lost."""
     file = folder / "pytorch_model.bin"
     weights = torch.load(file, weights_only=True)
@@ -111,9 +118,7 @@ def test_weights_that_do_not_fit_are_one_sentence(folder, name, tensor, word):
     else:
         weights[name] = tensor
     torch.save(weights, file)
-    with pytest.raises(sample.UserError, match=word) as error:
-        load_released_calm(folder)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert word in refusal(folder)
 
 
 @pytest.mark.parametrize("file, content, word", [
@@ -121,10 +126,9 @@ def test_weights_that_do_not_fit_are_one_sentence(folder, name, tensor, word):
     ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1", "not the file but a note"),
     ("pytorch_model.bin", b"PK\x03\x04", "not the file but a note"),
 ])  # fmt: skip
-def test_a_file_that_is_another_is_one_sentence(folder, file, content, word):
+def test_a_file_that_is_another_is_refused(folder, file, content, word):
     (folder / file).write_bytes(content)
-    with pytest.raises(sample.UserError, match=word):
-        load_released_calm(folder)
+    assert word in refusal(folder)
 
 
 def test_another_autoencoder_computes_in_the_precision_of_the_model(folder):

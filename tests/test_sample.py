@@ -60,7 +60,8 @@ def test_the_factory_accepts_with_p_to_the_a_after_p_to_the_a_minus_1_draws(p, a
         count = itertools.count()
         accepted += sample.bernoulli_factory((next(hits) for _ in count), torch.tensor(1), a)
         used.append(next(count))
-    assert chi_square_p([accepted, 4000 - accepted], [4000 * p**a, 4000 - 4000 * p**a]) > 1e-4
+    shares = torch.tensor([p**a, 1 - p**a])
+    assert chi_square_p(torch.tensor([accepted, 4000 - accepted]), 4000 * shares) > 1e-4
     used = torch.tensor(used).double()
     assert abs(used.mean() - p ** (a - 1)) < 3.9 * used.std() / math.sqrt(4000)
 
@@ -95,37 +96,23 @@ def test_one_over_the_temperature_is_a_whole_number_and_a_fraction():
         assert sample.inverse_temperature(T) == (n, pytest.approx(a))
 
 
-def next_chunk(model, history):
-    """By a pass over the whole history. A model without noise has only this one."""
-    return model.draw_chunks(model.hidden_states(history)[:, -1], 1)[0]
-
-
 @pytest.mark.parametrize("temperature, pool", [(1.0, 50), (0.5, 50), (0.5, None), (0.7, None)])
-@pytest.mark.parametrize("K", [1, 2, 4])
-def test_generation_with_a_cache_is_generation_without_one(K, temperature, pool):
-    model, prompt = tiny_calm(K, noisy=False).double(), torch.randint(13, (3, 8))
-    text = prompt
-    while text.shape[1] < 32:
-        text = torch.cat([text, next_chunk(model, text)], dim=1)
-    assert torch.equal(generate(model, prompt, 24, temperature, pool), text)
-
-
-def test_a_text_longer_than_the_context_goes_on_from_its_newest_half():
-    """32 tokens are 7 chunks of history. When they are full, the last 3 are read again."""
-    model, prompt = tiny_calm(noisy=False).double(), torch.randint(13, (1, 28))
-    out = generate(model, prompt, 24)
-    for begin, end in ((0, 28), (20, 32), (20, 36), (20, 40), (20, 44), (20, 48)):
-        assert torch.equal(out[:, end : end + 4], next_chunk(model, out[:, begin:end]))
-
-
-@pytest.mark.parametrize("T, read", [(11, 8), (100, 28)])
-def test_of_a_prompt_the_last_whole_chunks_count(T, read):
-    """Of 11 tokens the first 3, 11 mod 4, are not read; of 100 only the last 7 chunks are."""
-    model, prompt = tiny_calm(noisy=False), torch.randint(13, (1, T))
-    new = generate(model, prompt, 12)[:, T:]
-    assert torch.equal(generate(model, prompt[:, -read:], 12)[:, read:], new)
-    prompt[:, -read] = (prompt[:, -read] + 1) % 13
-    assert not torch.equal(generate(model, prompt, 12)[:, T:], new)
+@pytest.mark.parametrize("K, T", [(1, 8), (2, 8), (4, 11), (4, 100)])
+def test_generation_with_a_cache_is_generation_without_one(K, T, temperature, pool):
+    """A model without noise has one next chunk only. Of 11 tokens the first 3, 11 mod 4, are not
+    read; of 100 only the last 28 are, since 32 tokens of context are 7 chunks of history and one to
+    predict. When the history is full, it goes on from its newest half.
+    """
+    model, text = tiny_calm(K, noisy=False).double(), torch.randint(13, (3, T))
+    longest = 32 // K - 1  # in chunks
+    expected, begin = text, T - min(T // K, longest) * K
+    while expected.shape[1] < T + 40:
+        history = expected[:, begin:]
+        chunk = model.draw_chunks(model.hidden_states(history)[:, -1], 1)[0]
+        expected = torch.cat([expected, chunk], dim=1)
+        if history.shape[1] == longest * K:
+            begin = expected.shape[1] - longest // 2 * K
+    assert torch.equal(generate(model, text, 40, temperature, pool), expected)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -129,14 +129,14 @@ def test_the_standard_error_is_that_of_a_mean_over_sequences():
             evaluate_brier(model, text[99], context)
 
 
-def test_small_chunks_are_scored_at_8_k_places_that_are_spread():
-    """Of the 252 places with 4 tokens behind them. A certain model is right on its own text. Where
-    the second half is changed, it is wrong there: at a half of the places, not at none or all.
+@pytest.mark.parametrize("K, places", [(1, 8), (2, 16)])
+def test_small_chunks_are_scored_at_8_k_places_that_are_spread(K, places):
+    """Of the 252 places, or 126, with 4 tokens behind them. A certain model is right on its own
+    text. Where the second half is changed, it is wrong: at a half of the places, not at all.
     """
-    model = tiny_calm(1, context=256, noisy=False)
+    model = tiny_calm(K, context=256, noisy=False)
     text = generate(model, torch.randint(13, (1, 4)), 252).flatten()
     result = evaluate_brier(model, text, 256)
-    assert result["positions"] == 8 and result["brier"][0] == 1
+    assert result["positions"] == places and result["brier"] == [1, 1, 1, 1]
     text[128:] = (text[128:] + 1) % 13
     assert -0.4 < evaluate_brier(model, text, 256)["brier"][0] < 0.4
-    assert evaluate_brier(tiny_calm(2, context=256), text, 256)["positions"] == 16

@@ -13,7 +13,6 @@ from sample import generate
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
-models = pytest.mark.parametrize("name", ["autoencoder", "calm", "transformer"])
 
 
 def model_and_tokens(name, device, K=4):
@@ -26,26 +25,22 @@ def model_and_tokens(name, device, K=4):
     return model.to(device).train(), tokens.to(device)
 
 
-@models
-def test_a_training_step_makes_no_tensor_elsewhere_and_reads_none(name):
-    model, tokens = model_and_tokens(name, "meta")
+@pytest.mark.parametrize("name, K", [
+    ("autoencoder", 4), ("calm", 4), ("calm", 2), ("transformer", 1),
+])  # fmt: skip
+def test_training_and_drawing_make_no_tensor_elsewhere_and_read_none(name, K):
+    model, tokens = model_and_tokens(name, "meta", K)
     loss, metrics = model(tokens)
     loss.backward()
     assert all(value.is_meta and value.shape == () for value in (loss, *metrics.values()))
     assert not any(metric.requires_grad for metric in metrics.values())
     assert all(p.grad.is_meta for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("name, K", [("calm", 4), ("calm", 2), ("transformer", 1)])
-def test_drawing_makes_no_tensor_elsewhere_and_reads_none(name, K):
-    model, tokens = model_and_tokens(name, "meta", K)
-    hidden = model.hidden_states(tokens)
-    if name == "calm":
-        assert model.head.sample(hidden, 3).shape == (3, 8, 32 // K, 8)
-    assert model.draw_chunks(hidden, 3).shape == (3, 8, 32 // K, K)
-    assert generate(model, tokens[:, :28], 8).shape == (8, 36)  # more than a context
-    drawn, target = draw_continuations(model, tokens, [0, 2], 3)
-    assert drawn.is_meta and drawn.shape == (3, 8, 2, 4) and target.shape == (8, 2, 4)
+    if name != "autoencoder":
+        hidden = model.hidden_states(tokens)
+        assert model.draw_chunks(hidden, 3).shape == (3, 8, 32 // K, K)
+        assert generate(model, tokens[:, :28], 8).shape == (8, 36)  # more than a context
+        drawn, target = draw_continuations(model, tokens, [0, 2], 3)
+        assert drawn.is_meta and drawn.shape == (3, 8, 2, 4) and target.shape == (8, 2, 4)
 
 
 def test_the_published_sizes_have_the_published_numbers_of_parameters():

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_in, sample, tiny_calm
-from test_sample import BYTES, on_machine, rank_file
+from test_sample import BYTES, rank_file
 
 import train
 from calm import brier_lm
@@ -280,8 +280,12 @@ def test_the_screen_says_where_it_runs_and_that_one_sequence_has_no_standard_err
 
 
 @pytest.mark.parametrize("bfloat16, triton", [(True, True), (False, False)])
-def test_on_cuda_the_step_is_compiled_where_triton_is(bfloat16, triton, monkeypatch):
-    on_machine(monkeypatch, "cuda")
+def test_the_best_device_is_taken_and_the_step_is_compiled_where_triton_is(
+    bfloat16, triton, monkeypatch
+):
+    """As if torch found CUDA, and with it these."""
+    find = lambda check_available: torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", find)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: [name] if triton else None)
     args = settings(monkeypatch)
@@ -289,7 +293,10 @@ def test_on_cuda_the_step_is_compiled_where_triton_is(bfloat16, triton, monkeypa
     assert args.dtype == ("bfloat16" if bfloat16 else "float32")
     assert settings(monkeypatch, "--compile", "--dtype", "float32").compile
     assert not settings(monkeypatch, "--no-compile").compile
-    assert not settings(monkeypatch, "--device", "cpu").compile
+    on_cpu = settings(monkeypatch, "--device", "cpu")
+    assert on_cpu.device == "cpu" and not on_cpu.compile
+    with pytest.raises(sample.UserError, match="--device cuda"):
+        sample.pick_device("mps")
 
 
 def test_a_model_that_knows_frequencies_alone_is_scored_by_its_probabilities():

@@ -40,8 +40,8 @@ def test_prepare_writes_what_train_reads(vocab_size, tmp_path, monkeypatch, comm
     (tmp_path / "a.txt").write_text(END + END.join(texts[:10]) + END + " \n")  # two are blank
     (tmp_path / "b.txt.xz").write_bytes(lzma.compress(END.join(texts[10:]).encode()))
     monkeypatch.setattr(prepare, "BLOCK", 11)  # marks and letters of two bytes are cut in two
-    words = [tmp_path, tmp_path / "tokens", "--vocab_size", vocab_size]
-    run_in(tmp_path, prepare.main, *words)
+    arguments = [tmp_path, tmp_path / "tokens", "--vocab_size", vocab_size]
+    run_in(tmp_path, prepare.main, *arguments)
     data, found = texts_of(tmp_path / "tokens")
     pieces = Counter(p for text in texts for p in regex.findall(sample.PATTERN, text))
     assert data.encoding._mergeable_ranks == prepare.train_bpe(pieces, vocab_size)
@@ -51,7 +51,7 @@ def test_prepare_writes_what_train_reads(vocab_size, tmp_path, monkeypatch, comm
     assert found[0] == "".join(text + END for text in texts if text not in held_out)
     assert set(held_out) < set(texts) and held_out[0] != held_out[1]
     (tmp_path / "c.xz").write_bytes(lzma.compress(TEXT.encode())[:-30])
-    assert "damaged" in command(prepare.main, *words)
+    assert "damaged" in command(prepare.main, *arguments)
 
 
 @pytest.mark.parametrize("sizes, whole", [
@@ -93,28 +93,19 @@ def test_the_closed_form_is_the_sum_over_all_pairs():
     torch.testing.assert_close(energy_score_of_choice(P, 1 - torch.eye(5), target), brier - 1)
 
 
-def choice_calm():  # of random numbers: no term hides behind a zero
-    base = tiny_calm(3, vocab_size=5, context=24)
+def test_the_loss_is_that_of_each_choice_after_those_of_the_text():
+    base, tokens, expected = tiny_calm(3, vocab_size=5, context=24), torch.randint(5, (1, 9)), 0
     model = ChoiceCALM(base.config, base.autoencoder)
     for tensor in model.head.state_dict().values():
-        tensor.normal_(std=0.3)
-    return model
-
-
-def plain_P(head, h, chosen):
-    """P of the choice after the choices `chosen`, for one hidden state (d,)."""
-    choice = head.choices[len(chosen)]
-    x = head.hidden(h) + sum(c.embedding.weight[i] for c, i in zip(head.choices, chosen))
-    return choice.mlp(torch.cat([choice.norm(x), head.hidden(h)])).softmax(-1)
-
-
-def test_the_loss_is_that_of_each_choice_after_those_of_the_text():
-    model, tokens, expected = choice_calm(), torch.randint(5, (1, 9)), 0
+        tensor.normal_(std=0.3)  # no term hides behind a zero
     hidden = model.hidden_states(tokens)[0, :2]
     for h, chunk in zip(hidden, tokens.view(3, 3)[1:]):  # a state predicts the next chunk
-        for k, codes in enumerate(model.head.codes):
-            D, P = (codes[:, None] - codes).norm(dim=-1) ** ALPHA, plain_P(model.head, h, chunk[:k])
-            expected -= energy_score_of_choice(P, D, chunk[k]) / 2
+        x = c = model.head.hidden(h)
+        for choice, codes, token in zip(model.head.choices, model.head.codes, chunk):
+            P = choice.mlp(torch.cat([choice.norm(x), c])).softmax(-1)
+            D = (codes[:, None] - codes).norm(dim=-1) ** ALPHA
+            expected -= energy_score_of_choice(P, D, token) / 2
+            x = x + choice.embedding.weight[token]
     torch.testing.assert_close(model.train()(tokens)[0], expected)
     assert "fidelity" in model.eval()(tokens)[1], "in evaluation the loss is CALM's"
 

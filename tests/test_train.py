@@ -178,7 +178,7 @@ class Interrupting(io.TextIOWrapper):
         return super().write(text)
 
 
-def test_a_run_that_is_stopped_and_resumed_ends_as_if_it_had_not_been(undisturbed, tmp_path, capsys):
+def test_a_run_that_is_stopped_and_resumed_ends_as_ever(undisturbed, tmp_path, capsys):
     """First by Ctrl-C: that is one line, which says how to go on. Then a process of its own is
     killed at a random moment, after up to 40 lines and 0.1 seconds. At last it goes on as if it had
     been on a GPU so far. The log has each score once.

@@ -42,6 +42,8 @@ def test_in_evaluation_nothing_is_damaged():
     torch.testing.assert_close(loss, loss_of(model, mean, tokens, tokens))
     right = model.decode(mean).argmax(-1) == tokens
     torch.testing.assert_close(metrics["accuracy"], right.float().mean())
+    # In training an argmax over the vocabulary would be thrown away at every step.
+    assert model.train()(tokens)[1].keys() == {"reconstruction", "kl"}
 
 
 def test_the_damage_of_training_spares_the_targets():

@@ -91,30 +91,31 @@ def test_brier_lm_is_the_geometric_mean_with_each_factor_floored():
 @pytest.mark.parametrize("K", [1, 2, 4, "discrete"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_evaluate_brier_is_the_score_of_slow_draws(K, seed):
-    """H0: no bias. 4 sequences, 4 places. 20 scores with 20 drawings each against 200 pairs of
-    continuations by `generate`: the means agree within 5.5 standard errors (t-test, p < 1e-4).
+    """H0: no bias. 4 sequences, 4 places. 12 scores with 30 drawings each against 400 pairs of
+    continuations by `generate`: the means agree within 6.8 standard errors (t-test, p < 1e-4).
     """
     model = tiny_transformer(3) if K == "discrete" else tiny_calm(K, vocab_size=3)
     K = model.config.chunk_size
     torch.manual_seed(seed)
     context = 4 * K + max(K, 4)  # chunks 0, 1, 2 and 3 have 4 tokens or more behind them
     text, slow = torch.randint(3, (4, context)), []
-    many = text.repeat(20, 1).flatten()
-    results = [evaluate_brier(model, many, context, 50) for _ in range(20)]
-    assert results[0]["positions"] == 320 and results[0]["context"] == context
-    fast = torch.tensor([result["brier"] for result in results])  # (20, 4)
+    many = text.repeat(30, 1).flatten()
+    results = [evaluate_brier(model, many, context, 80) for _ in range(12)]  # 80 and 40 at a time
+    assert results[0]["positions"] == 480 and results[0]["context"] == context
+    fast = torch.tensor([result["brier"] for result in results])  # (12, 4)
     for begin in (K, 2 * K, 3 * K, 4 * K):
-        history, target = text[:, :begin].repeat(400, 1), text[:, begin : begin + 4]
-        first, second = generate(model, history, 4)[:, begin:].view(2, 200, 4, 4)
-        slow.append(brier_score(first, second, target))  # (200, 4, 4)
-    slow = torch.stack(slow).mean((0, 2))  # (200, 4)
-    error = (fast.var(0) / 20 + slow.var(0) / 200).sqrt()
-    assert ((fast.mean(0) - slow.mean(0)).abs() < 5.5 * error).all()
+        history, target = text[:, :begin].repeat(800, 1), text[:, begin : begin + 4]
+        first, second = generate(model, history, 4)[:, begin:].view(2, 400, 4, 4)
+        slow.append(brier_score(first, second, target))  # (400, 4, 4)
+    slow = torch.stack(slow).mean((0, 2))  # (400, 4)
+    error = (fast.var(0) / 12 + slow.var(0) / 400).sqrt()
+    assert ((fast.mean(0) - slow.mean(0)).abs() < 6.8 * error).all()
 
 
 def test_the_standard_error_is_that_of_a_mean_over_sequences():
     """A certain model is right or wrong on each sequence. With a share of p right, the score is
-    100 (2 p - 1), its error 200 sqrt(p (1 - p) / sequences). The bootstrap: within 10 %.
+    100 (2 p - 1), its error 200 sqrt(p (1 - p) / sequences). The bootstrap: within 10 %. One
+    sequence has no standard error, and what is too short has no score.
     """
     model = tiny_calm(context=8, noisy=False)
     text = generate(model, torch.randint(13, (400, 4)), 4)
@@ -122,25 +123,20 @@ def test_the_standard_error_is_that_of_a_mean_over_sequences():
     result = evaluate_brier(model, text.flatten(), 8)
     assert result["brier_lm"] == pytest.approx(100 * (2 * 0.85 - 1))
     assert result["brier_lm_se"] == pytest.approx(200 * (0.85 * 0.15 / 400) ** 0.5, rel=0.1)
+    assert math.isnan(evaluate_brier(model, text[99], 8)["brier_lm_se"])
+    for context, word in ((16, "less than"), (4, "too short")):
+        with pytest.raises(AssertionError, match=word):
+            evaluate_brier(model, text[99], context)
 
 
-def test_small_chunks_are_scored_at_8_k_places_that_are_spread():
-    """Of the 252 places with 4 tokens behind them. A certain model is right on its own text. Where
-    the second half is changed, it is wrong there: at a half of the places, not at none or all.
+@pytest.mark.parametrize("K, places", [(1, 8), (2, 16)])
+def test_small_chunks_are_scored_at_8_k_places_that_are_spread(K, places):
+    """Of the 252 places, or 126, with 4 tokens behind them. A certain model is right on its own
+    text. Where the second half is changed, it is wrong: at a half of the places, not at all.
     """
-    model = tiny_calm(1, context=256, noisy=False)
+    model = tiny_calm(K, context=256, noisy=False)
     text = generate(model, torch.randint(13, (1, 4)), 252).flatten()
     result = evaluate_brier(model, text, 256)
-    assert result["positions"] == 8 and result["brier"][0] == 1
+    assert result["positions"] == places and result["brier"] == [1, 1, 1, 1]
     text[128:] = (text[128:] + 1) % 13
     assert -0.4 < evaluate_brier(model, text, 256)["brier"][0] < 0.4
-    assert evaluate_brier(tiny_calm(2, context=256), text, 256)["positions"] == 16
-
-
-def test_one_sequence_has_no_standard_error_and_too_little_has_no_score():
-    model, text = tiny_calm(context=16), torch.randint(13, (16,))
-    result = evaluate_brier(model, text, 16)
-    assert result["brier_lm"] >= 0 and math.isnan(result["brier_lm_se"])
-    for context, word in ((32, "less than"), (4, "too short")):
-        with pytest.raises(AssertionError, match=word):
-            evaluate_brier(model, text, context)

@@ -1,17 +1,16 @@
-"""The classroom's tools: texts of any size, the head of choices, words."""
+"""The classroom's tools: texts of any size, the head of choices, words, the bottle."""
 
 import lzma
-import sys
 from argparse import Namespace
 from collections import Counter
 
 import pytest
 import regex
 import torch
-from conftest import tiny_calm
+from conftest import run_in, sample, tiny_calm
+from test_train import END, texts_of
 
-import sample
-import train
+from calm import prefix_matches
 from classroom import bottle, compare, exercise_9, prepare, words
 from classroom.choices import ALPHA, ChoiceCALM, energy_score_of_choice
 
@@ -34,38 +33,25 @@ def test_byte_pair_encoding_is_the_naive_algorithm():
     assert len(prepare.train_bpe({"abcdefg": 1}, 1000)) == 256, "no pair occurs twice"
 
 
-def tokens_in(folder):
-    """The parts of a folder that prepare.py has filled, as texts; the tokenizer; data.json."""
-    data = train.load_tokens(Namespace(data=folder, context=1, out_dir="nowhere"))
-    parts = (data.train, data.validation, data.test)
-    return [data.encoding.decode(part.tolist()) for part in parts], data
-
-
-@pytest.mark.parametrize("vocab_size, several", [(256, True), (270, True), (256, False)])
-def test_prepare_writes_what_train_reads(vocab_size, several, tmp_path, monkeypatch, command):
-    end, source, folder = "<|endoftext|>", tmp_path, tmp_path / "tokens"
-    texts = [f"{i} {TEXT}" for i in range(18 if several else 1)]
-    (source / "a.txt").write_text(end + end.join(texts[:10]) + end + " \n")  # two are blank
-    (source / "b.txt.xz").write_bytes(lzma.compress(end.join(texts[10:]).encode()))
+@pytest.mark.parametrize("vocab_size", [256, 270])
+def test_prepare_writes_what_train_reads(vocab_size, tmp_path, monkeypatch, command):
+    """Whole documents are held out, with an end-of-text token behind each."""
+    texts = [f"{i} {TEXT}" for i in range(18)]
+    (tmp_path / "a.txt").write_text(END + END.join(texts[:10]) + END + " \n")  # two are blank
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(END.join(texts[10:]).encode()))
     monkeypatch.setattr(prepare, "BLOCK", 11)  # marks and letters of two bytes are cut in two
-    argv = f"prepare.py {source} {folder} --vocab_size {vocab_size} --held_out 0.05".split()
-    monkeypatch.setattr(sys, "argv", argv)
-    prepare.main()
-    found, data = tokens_in(folder)
+    arguments = [tmp_path, tmp_path / "tokens", "--vocab_size", vocab_size]
+    run_in(tmp_path, prepare.main, *arguments)
+    data, found = texts_of(tmp_path / "tokens")
     pieces = Counter(p for text in texts for p in regex.findall(sample.PATTERN, text))
     assert data.encoding._mergeable_ranks == prepare.train_bpe(pieces, vocab_size)
-    sizes = [len(part) for part in (data.train, data.validation, data.test)]
-    assert data.about["tokens"] == sum(sizes)
+    assert data.about["tokens"] == sum(map(len, (data.train, data.validation, data.test)))
     assert data.about["characters"] == sum(map(len, texts))
-    if several:  # whole documents are held out, an end-of-text token behind each
-        held_out = [part.removesuffix(end) for part in found[1:]]
-        assert found[0] == "".join(text + end for text in texts if text not in held_out)
-        assert set(held_out) < set(texts) and held_out[0] != held_out[1]
-    else:
-        assert "".join(found) == texts[0] + end
-        assert sizes[1:] == pytest.approx([sum(sizes) / 20] * 2, abs=1)
-    (source / "c.xz").write_bytes(lzma.compress(TEXT.encode())[:-30])
-    assert "damaged" in command(prepare.main, source, folder)
+    held_out = [part.removesuffix(END) for part in found[1:]]
+    assert found[0] == "".join(text + END for text in texts if text not in held_out)
+    assert set(held_out) < set(texts) and held_out[0] != held_out[1]
+    (tmp_path / "c.xz").write_bytes(lzma.compress(TEXT.encode())[:-30])
+    assert "damaged" in command(prepare.main, *arguments)
 
 
 @pytest.mark.parametrize("sizes, whole", [
@@ -80,19 +66,15 @@ def test_about_the_share_is_held_out_or_the_end_of_each_document(sizes, whole):
         assert 0.025 < sum(sizes[i] for i in documents) / sum(sizes) < 0.1
 
 
-def test_the_ends_of_uneven_documents_are_held_out(tmp_path, monkeypatch):
-    """A byte order mark at the start of a file is no text."""
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts/a").write_text("0123456789" * 100, encoding="utf-8-sig")
-    (tmp_path / "texts/b").write_text("abcdefghi")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", "prepare.py texts tokens --held_out 0.1".split())
-    prepare.main()
-    found, data = tokens_in("tokens")
-    end = "<|endoftext|>"
-    # 1 001 tokens are cut at 801 and 901, 10 at 8 and 9.
+def test_the_ends_of_uneven_documents_are_held_out(tmp_path):
+    """1 001 tokens are cut at 801 and 901, 10 at 8 and 9. A byte order mark is no text."""
     digits = "0123456789" * 100
-    assert found == [digits[:801] + "abcdefgh", digits[801:901] + "i", digits[901:] + end + end]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a").write_text(digits, encoding="utf-8-sig")
+    (tmp_path / "texts/b").write_text("abcdefghi")
+    run_in(tmp_path, prepare.main, "texts", "tokens", "--held_out", 0.1)
+    data, found = texts_of(tmp_path / "tokens")
+    assert found == [digits[:801] + "abcdefgh", digits[801:901] + "i", digits[901:] + END + END]
     assert data.about["characters"] == 1009
 
 
@@ -111,28 +93,19 @@ def test_the_closed_form_is_the_sum_over_all_pairs():
     torch.testing.assert_close(energy_score_of_choice(P, 1 - torch.eye(5), target), brier - 1)
 
 
-def choice_calm():  # of random numbers: no term hides behind a zero
-    base = tiny_calm(3, vocab_size=5, context=24)
+def test_the_loss_is_that_of_each_choice_after_those_of_the_text():
+    base, tokens, expected = tiny_calm(3, vocab_size=5, context=24), torch.randint(5, (1, 9)), 0
     model = ChoiceCALM(base.config, base.autoencoder)
     for tensor in model.head.state_dict().values():
-        tensor.normal_(std=0.3)
-    return model
-
-
-def plain_P(head, h, chosen):
-    """P of the choice after the choices `chosen`, for one hidden state (d,)."""
-    choice = head.choices[len(chosen)]
-    x = head.hidden(h) + sum(c.embedding.weight[i] for c, i in zip(head.choices, chosen))
-    return choice.mlp(torch.cat([choice.norm(x), head.hidden(h)])).softmax(-1)
-
-
-def test_the_loss_is_that_of_each_choice_after_those_of_the_text():
-    model, tokens, expected = choice_calm(), torch.randint(5, (1, 9)), 0
+        tensor.normal_(std=0.3)  # no term hides behind a zero
     hidden = model.hidden_states(tokens)[0, :2]
     for h, chunk in zip(hidden, tokens.view(3, 3)[1:]):  # a state predicts the next chunk
-        for k, codes in enumerate(model.head.codes):
-            D, P = (codes[:, None] - codes).norm(dim=-1) ** ALPHA, plain_P(model.head, h, chunk[:k])
-            expected -= energy_score_of_choice(P, D, chunk[k]) / 2
+        x = c = model.head.hidden(h)
+        for choice, codes, token in zip(model.head.choices, model.head.codes, chunk):
+            P = choice.mlp(torch.cat([choice.norm(x), c])).softmax(-1)
+            D = (codes[:, None] - codes).norm(dim=-1) ** ALPHA
+            expected -= energy_score_of_choice(P, D, token) / 2
+            x = x + choice.embedding.weight[token]
     torch.testing.assert_close(model.train()(tokens)[0], expected)
     assert "fidelity" in model.eval()(tokens)[1], "in evaluation the loss is CALM's"
 
@@ -142,32 +115,19 @@ def test_words_are_two_letters_or_more_and_whole():
     assert words.share_of_words(["The cat ", "tho cat ca"], {"The", "cat"}) == (3 / 4, 2 / 3, 4)
 
 
-def small_bottle():
-    return bottle.Bottle(torch.randint(3, (2000,)).numpy(), n_contexts=5)
-
-
-def test_the_best_score_is_how_often_two_of_the_texts_chunks_agree():
-    """All pairs of places, also a place with itself: that is sum_x P(x)^2."""
-    known = small_bottle()
-    expected = []
-    for chunks in known.chunks:
-        equal = chunks[:, None] == chunks[None]  # (places, places, K)
-        expected.append(equal.float().cumprod(-1).mean((0, 1)))
-    torch.testing.assert_close(known.best(), torch.stack(expected).mean(0))
-
-
-def test_draws_of_the_true_distribution_have_the_best_score():
-    """H0: no bias. 40 scores of 50 draws a context: their mean is the best score, within 4.5 standard
-    errors (t-test, p < 1e-4 for each of the four).
+def test_the_bottle_scores_draws_by_all_pairs():
+    """The best score is how often two of the text's chunks agree. All pairs of places count, also a
+    place with itself: that is sum_x P(x)^2. Of draws only different ones are a pair.
     """
-    known = small_bottle()
-    scores = []
-    for _ in range(40):
-        draws = [chunks[torch.randint(len(chunks), (50,))] for chunks in known.chunks]
-        scores.append(known.brier(torch.stack(draws)))
-    scores = torch.stack(scores)  # (40, 4)
-    error = scores.std(0) / 40**0.5
-    assert ((scores.mean(0) - known.best()).abs() < 4.5 * error).all()
+    known = bottle.Bottle(torch.randint(3, (2000,)).numpy(), n_contexts=5)
+    draws, best, score = torch.randint(3, (5, 6, 4)), [], []
+    for chunks, drawn in zip(known.chunks, draws):
+        best.append(prefix_matches(chunks[:, None], chunks).mean((0, 1)))
+        hits = prefix_matches(drawn[:, None], chunks).mean((0, 1))
+        equal = (prefix_matches(drawn[:, None], drawn).sum((0, 1)) - 6) / (6 * 5)
+        score.append(2 * hits - equal)
+    torch.testing.assert_close(known.best(), torch.stack(best).mean(0))
+    torch.testing.assert_close(known.brier(draws).float(), torch.stack(score).mean(0))
 
 
 def test_the_parts_of_a_latent_are_a_basis_in_which_the_tokens_stand_side_by_side():

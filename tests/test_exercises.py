@@ -84,7 +84,7 @@ def test_what_is_said_is_short_and_names_the_students_own_lines(exercise, body, 
 
 def test_a_loop_without_an_end_is_ended_and_its_line_is_named(small, monkeypatch):
     monkeypatch.setattr(exercises, "SECONDS", 6)
-    said = small(DOUBLE, "import time\n    time.sleep(90)")  # as good as a loop
+    said = small(DOUBLE, "import time\n    time.sleep(20)")  # as good as a loop
     assert "not ready after 6 s, at line 4" in said
 
 

@@ -71,8 +71,6 @@ def set_up(trial, exercise, source):
     for other in EXERCISES:
         if other.file == exercise.file and other != exercise:
             _, function = find(REFERENCE / other.file, other.function)
-            if "." in other.function:  # a method: its lines, but for the first, are indented
-                function = textwrap.dedent("    " + function)
             source += f"\n\n{function}\n\n{other.function} = {other.function.split('.')[-1]}\n"
     (trial / exercise.file).write_text(source, encoding="utf-8")
     (trial / "tests/test_examples.txt").write_text(exercise.examples, encoding="utf-8")
@@ -93,6 +91,7 @@ def verdict(exercise):
         try:
             done = subprocess.run(command, cwd=trial, timeout=SECONDS, **options)
         except subprocess.TimeoutExpired as error:
+            # pytest's faulthandler tells where it was: last comes what called all the others.
             name = Path(exercise.file).name
             lines = re.findall(rf'{name}", line (\d+)', str(error.stderr)) or "?"
             return f"wrong: not ready after {SECONDS} s, at line {lines[-1]}. Is a loop endless?"

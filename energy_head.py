@@ -76,8 +76,8 @@ def fidelity_and_diversity(samples, targets, alpha=1.0):
     x = (samples - centre).movedim(0, -2)  # (..., N, l)
     y = (targets - centre).movedim(0, -2)  # (..., M, l)
 
-    # The slope of r^alpha is infinite at r = 0 if alpha < 1, and would make gradients nan where two
-    # points coincide. Below the clamp the slope is 0.
+    # If alpha < 1, the slope of r^alpha is infinite at r = 0, where two points coincide. That could
+    # make gradients nan. (On a CPU, `cdist` turns it into 0 by itself.) Below the clamp it is 0.
     to_targets = torch.cdist(x, y).clamp_min(1e-12) ** alpha  # (..., N, M)
     to_each_other = torch.cdist(x, x).clamp_min(1e-12) ** alpha  # (..., N, N)
 

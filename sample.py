@@ -268,17 +268,21 @@ def decode(encoding, tokens):
 # ------ Checkpoints of train.py
 
 
-def load_checkpoint(folder, name):
+def load_weights(path):
     """A dict that torch has saved, on the CPU; a UserError if there is none. weights_only: a file
     may hold tensors, numbers and strings, but no code, which could do anything.
     """
-    path = Path(folder, name)
     check(path.exists(), f"there is no {path}: train it, or name its folder")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever damage makes torch raise
         what = type(error).__name__
         raise UserError(f"{path} is damaged, or not the file but a note about it: {what}") from None
+
+
+def load_checkpoint(out_dir, kind):
+    """What train.py wrote to {kind}.pt, a dict."""
+    return load_weights(Path(out_dir, f"{kind}.pt"))
 
 
 def build_model(kind, configs):
@@ -295,7 +299,7 @@ def load_model(out_dir, kind="calm"):
     """The model of a run, for evaluation, and its tokenizer: {kind}.pt, or else baseline.pt."""
     if Path(out_dir, "baseline.pt").exists():
         kind = "baseline"
-    checkpoint = load_checkpoint(out_dir, f"{kind}.pt")
+    checkpoint = load_checkpoint(out_dir, kind)
     model = build_model(kind, checkpoint["configs"])
     model.load_state_dict(checkpoint["weights"])
     return model.eval(), tiktoken.Encoding("saved", **checkpoint["tokenizer"])
@@ -392,7 +396,7 @@ def read_released(folder, kind):
 
     weights = {}
     for file in Path(folder).glob("*.bin"):
-        for name, tensor in load_checkpoint(folder, file.name).items():
+        for name, tensor in load_weights(file).items():
             for theirs, ours in RELEASED_NAMES.items():
                 name = name.replace(theirs, ours)
             weights[name] = tensor

@@ -323,7 +323,7 @@ def restore_checkpoint(kind, model, optimiser, args, data, progress):
     """Puts into all of these what {kind}.pt holds, if a stopped run got so far."""
     if not Path(args.out_dir, f"{kind}.pt").exists():
         return
-    saved = sample.load_checkpoint(args.out_dir, f"{kind}.pt")
+    saved = sample.load_checkpoint(args.out_dir, kind)
     check(saved["data"] == data.about, f"{kind}.pt began with another text or tokenizer")
     for name in ("seed", "autoencoder", *SETTINGS):
         value = saved["settings"][name]
@@ -335,6 +335,19 @@ def restore_checkpoint(kind, model, optimiser, args, data, progress):
 
 
 # ------ Training
+
+
+def set_precision():
+    """Distances and losses are differences of close numbers, so they need all 24 bits of float32's
+    precision. (`train` runs a model under "autocast": torch then makes matrix products in bfloat16,
+    which keeps 8, and leaves `cdist` in float32.)
+    """
+    # NVIDIA's TF32 keeps 11 bits of each number in a product. It is off in torch, unless a
+    # container changes that.
+    torch.set_float32_matmul_precision("highest")
+    # torch.compile makes the backward pass under autocast, too, unless it is told otherwise. Then
+    # the gradients of distances would be rough. (Torch has no public name for this.)
+    torch._functorch.config.backward_pass_autocast = "off"
 
 
 def train(kind, model, args, data, log):
@@ -349,16 +362,13 @@ def train(kind, model, args, data, log):
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"\n{kind}, {PURPOSES[kind]}: {n_parameters:,} parameters to train", flush=True)
 
+    set_precision()
     model.to(args.device).train()
     optimiser = make_optimiser(model)
-    # Under autocast, torch makes matrix products in bfloat16, which keeps 8 bits of a number, since
-    # that is several times as fast. Weights stay in float32, so that small steps are not rounded
-    # away, and so do distances and losses, since they are differences of close numbers. When torch
-    # compiles, the gradients of distances would be made in bfloat16, too, unless it is told not to.
-    # (It has no public name for that.)
+    # Under autocast, torch makes matrix products in bfloat16, since that is several times as fast.
+    # Weights and sums stay in float32, so that small steps are not rounded away.
     half = args.dtype == "bfloat16"
     precision = torch.autocast(args.device, torch.bfloat16, enabled=half)
-    torch._functorch.config.backward_pass_autocast = "off"
 
     # Begin, or go on where the checkpoint is.
     progress = {"step": 0, "seconds": 0.0, "log": log}
@@ -516,7 +526,8 @@ def draw_curves(path, log):
         panels[1].plot(tokens, [100 * row["brier"][n] for row in log], label=f"Brier-{n + 1} · 100")
     for panel in panels:
         panel.set_xlabel("training tokens (millions)")
-        panel.legend(framealpha=0.5)  # a curve behind it shows through
+        if panel.lines:
+            panel.legend(framealpha=0.5)  # a curve behind it shows through
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     write(path, buffer.getbuffer())
@@ -567,7 +578,7 @@ def new_model(kind, args, data):
         return sample.build_model(kind, configs), []
     # The autoencoder may come from another run, with other settings (--kl_weight, say).
     folder = args.autoencoder or args.out_dir
-    saved = sample.load_checkpoint(folder, "autoencoder.pt")
+    saved = sample.load_checkpoint(folder, "autoencoder")
     configs["autoencoder"] = theirs = saved["configs"]["autoencoder"]
     same = saved["tokenizer"] == sample.encoding_parts(data.encoding)
     for name in ("chunk_size", "latent_size"):

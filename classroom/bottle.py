@@ -6,6 +6,9 @@ possible Brier-n is known, too, and one sees in a minute what a head has learnt 
 gets a learnt vector for each context, in place of the Transformer's hidden state, and 1 024
 examples a step, of a context and a chunk that follows it in the text.
 
+*Signal*: the gradient's part that teaches the dependence between the tokens of a chunk, beside the
+noise of a batch, after a quarter of the steps.
+
 Compared are the paper's head, the same head by parts, and the head of choices. Add your own: a
 class with `loss` and `draw`, and a line in HEADS. Can you beat them?
 
@@ -56,15 +59,26 @@ class Bottle:
             self.chunks.append(torch.from_numpy(following.astype(np.int64)))
         self.P = [prefix_probabilities(chunks) for chunks in self.chunks]
 
-    def examples(self, n):
-        """n contexts, each as likely as the others, and for each a chunk: (n,) and (n, K) int."""
-        contexts = torch.randint(len(self.chunks), (n,))
-        places = torch.rand(n).tolist()
+    def following(self, contexts):
+        """For each of n contexts (n,) a chunk that follows it somewhere in the text: (n, K) int."""
+        places = torch.rand(len(contexts)).tolist()
         chunks = []
         for context, place in zip(contexts.tolist(), places):
             following = self.chunks[context]
             chunks.append(following[int(place * len(following))])
-        return contexts, torch.stack(chunks)
+        return torch.stack(chunks)
+
+    def examples(self, n):
+        """n contexts, each as likely as the others, and for each a chunk: (n,) and (n, K) int."""
+        contexts = torch.randint(len(self.chunks), (n,))
+        return contexts, self.following(contexts)
+
+    def exchanged(self, contexts):
+        """Like `following`, but each token comes from a chunk of its own. So every token is as
+        frequent as before, and knows nothing of the others: (n, K) int.
+        """
+        tokens = [self.following(contexts)[:, k] for k in range(K)]
+        return torch.stack(tokens, dim=1)
 
     def best(self):
         """Brier-1 … 4 of the true distributions: sum_x P(x)^2, the mean over contexts, (4,)."""
@@ -236,14 +250,42 @@ def trained_autoencoder(tokens, folder):
     return model.eval().requires_grad_(False)
 
 
+def signal(head, vectors, bottle, autoencoder, n=8):
+    """How much does a step teach of the dependence between the tokens of a chunk? The length of
+    that part of the gradient, divided by the length of the noise of one batch.
+
+    The gradient is computed twice, with chunks of the text and with exchanged tokens. Both teach
+    how frequent each token is; their difference is what the dependence adds.
+    """
+    parameters = [p for p in [*head.parameters(), *vectors.parameters()] if p.requires_grad]
+    gradients = []  # of n batches of the text
+    differences = []
+    for seed in range(n):
+        contexts, chunks = bottle.examples(EXAMPLES)
+        pair = []
+        for tokens in (chunks, bottle.exchanged(contexts)):
+            torch.manual_seed(seed)  # the same noise for both
+            loss = head.loss(vectors(contexts), tokens, autoencoder)
+            parts = torch.autograd.grad(loss, parameters)
+            pair.append(torch.cat([part.flatten() for part in parts]))
+        gradients.append(pair[0])
+        differences.append(pair[0] - pair[1])
+    noise = torch.stack(gradients).var(0).sum().sqrt()
+    # The mean of n differences has noise, too, which would make it longer. The means of two halves
+    # have independent noise: their product is the square of the length, without a bias.
+    halves = torch.stack(differences).view(2, n // 2, -1).mean(1)  # (2, parameters)
+    return (halves[0] @ halves[1]).clamp_min(0).sqrt().item() / noise.item()
+
+
 def learn(head, bottle, autoencoder, steps, every):
     """Trains a head, and a vector for each context. Returns a row for each score: step, and the
-    shares of the possible Brier-1 … 4.
+    shares of the possible Brier-1 … 4; and the `signal` at the first of them.
     """
     vectors = nn.Embedding(len(bottle.chunks), WIDTH)
     parameters = [*head.parameters(), *vectors.parameters()]
     optimiser = torch.optim.AdamW([p for p in parameters if p.requires_grad], betas=train.BETAS)
     rows = []
+    strength = None
     for step in range(1, steps + 1):
         optimiser.param_groups[0]["lr"] = train.learning_rate(step, steps, 1e-2)
         contexts, chunks = bottle.examples(EXAMPLES)
@@ -254,7 +296,10 @@ def learn(head, bottle, autoencoder, steps, every):
             with torch.no_grad():
                 draws = head.draw(vectors.weight, 256, autoencoder)  # (C, 256, K)
             rows.append([step, *(bottle.brier(draws) / bottle.best()).tolist()])
-    return rows
+            if strength is None:
+                with torch.random.fork_rng():  # training goes on with the numbers it would have had
+                    strength = signal(head, vectors, bottle, autoencoder)
+    return rows, strength
 
 
 def draw_picture(path, results):
@@ -289,16 +334,19 @@ def main():
     autoencoder = trained_autoencoder(tokens, args.autoencoder)
     print(f"the autoencoder is ready after {time.monotonic() - begun:.0f} s", flush=True)
     results = {}
-    print("\n| head | s | share of the possible Brier-1 … 4 | BrierLM |\n|---|--:|---|--:|")
+    print("\n| head | s | share of the possible Brier-1 … 4 | BrierLM | signal |")
+    print("|---|--:|---|--:|--:|")
     for name, (kind, _) in HEADS.items():
         torch.manual_seed(args.seed)
         since = time.monotonic()
-        rows = learn(kind(autoencoder, bottle), bottle, autoencoder, args.steps, args.steps // 4)
+        head = kind(autoencoder, bottle)
+        rows, strength = learn(head, bottle, autoencoder, args.steps, args.steps // 4)
         results[name] = rows
         shares = ", ".join(f"{share:.2f}" for share in rows[-1][1:])
         score = train.brier_lm(torch.tensor(rows[-1][1:]) * bottle.best())
-        print(f"| {name} | {time.monotonic() - since:.0f} | {shares} | {score:.2f} |", flush=True)
-    print(f"| the true distribution | | 1, 1, 1, 1 | {train.brier_lm(bottle.best()):.2f} |")
+        print(f"| {name} | {time.monotonic() - since:.0f} | {shares} | {score:.2f} "
+              f"| {strength:.2f} |", flush=True)  # fmt: skip
+    print(f"| the true distribution | | 1, 1, 1, 1 | {train.brier_lm(bottle.best()):.2f} | |")
     draw_picture(args.picture, results)
     print(f"\ndrawn: {args.picture}; {time.monotonic() - begun:.0f} s in all")
 

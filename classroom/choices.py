@@ -135,7 +135,7 @@ class ChoiceCALM(CALM):
 
 def load(out_dir):
     """The model in choices.pt, for evaluation, and its tokenizer: like `sample.load_model`."""
-    saved = sample.load_checkpoint(out_dir, "choices.pt")
+    saved = sample.load_checkpoint(out_dir, "choices")
     autoencoder = sample.build_model("autoencoder", saved["configs"])
     model = ChoiceCALM(CALMConfig(**saved["configs"]["choices"]), autoencoder)
     model.load_state_dict(saved["weights"])
@@ -147,7 +147,7 @@ def main():
     parser.add_argument("--autoencoder", default="out/quick", help="the run that has trained it")
     parser.add_argument("--out_dir", default="out/choices", help="where all that it writes goes")
     folders = parser.parse_args()
-    settings = sample.load_checkpoint(folders.autoencoder, "autoencoder.pt")["settings"]
+    settings = sample.load_checkpoint(folders.autoencoder, "autoencoder")["settings"]
     changed = {"resume": False, "lr": 3e-3, "compile": False}
     changed |= {"device": sample.pick_device("auto"), "dtype": "float32"}
     args = argparse.Namespace(**settings | changed | vars(folders))

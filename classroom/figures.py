@@ -260,7 +260,7 @@ def draw_training(out_dir):
     runs = [("baseline", f"{out_dir}-baseline", "s--", "black", "discrete Transformer")]
     runs += [("calm", out_dir, "o-", OURS, "CALM")]
     for kind, folder, style, colour, label in runs:
-        saved = sample.load_checkpoint(folder, f"{kind}.pt")
+        saved = sample.load_checkpoint(folder, kind)
         log = [row for row in saved["log"] if row["stage"] == kind]
         per_step = compare.flops_of_training(folder, kind, saved["settings"])
         steps = np.array([row["step"] for row in log])

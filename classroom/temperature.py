@@ -103,7 +103,7 @@ def main():
     args = parser.parse_args()
     calm, encoding = sample.load_model(args.calm)
     transformer, _ = sample.load_model(args.baseline)
-    settings = sample.load_checkpoint(args.calm, "calm.pt")["settings"]
+    settings = sample.load_checkpoint(args.calm, "calm")["settings"]
     data = train.load_tokens(Namespace(**settings))
     known = {word for text in documents_in(data.train, encoding) for word in words_of(text)}
     ways = {

@@ -164,3 +164,32 @@ def test_the_test_of_exercise_9_knows_the_unbiased_diversity_each_time():
         function = getattr(exercise_9, name)
         answers = {exercise_9.diversity_is_unbiased(function) for _ in range(20)}
         assert answers == {name == "fidelity_and_diversity"}, name
+
+
+class Pairs(torch.nn.Module):
+    """A head whose gradient is known: how often the first two tokens are each of four pairs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2, 2))
+
+    def loss(self, h, chunks, autoencoder):
+        return self.weight[chunks[:, 0], chunks[:, 1]].mean() + 0 * h.sum()
+
+
+@pytest.mark.parametrize("same", [0.9, 0.5])
+def test_the_signal_is_what_the_dependence_adds_beside_the_noise_of_a_batch(same):
+    """Two tokens agree with probability 0.9: each pair is 0.2 more or less frequent than if they
+    were independent. The four differences have the length 0.4; of 1 024 examples the noise has
+    (sum of p (1 - p) / 1 024)^(1/2). H0: the estimate from 64 batches is within 25 %, four standard
+    errors of the noise's length, and 0 if nothing depends; seed 0.
+    """
+    first = torch.randint(2, (40_000,))
+    second = torch.where(torch.rand(40_000) < same, first, 1 - first)
+    bottle_of_pairs = object.__new__(bottle.Bottle)
+    bottle_of_pairs.chunks = [torch.stack([first, second, first, first], dim=1)]
+    p = torch.tensor([same / 2, same / 2, (1 - same) / 2, (1 - same) / 2])
+    noise = ((p * (1 - p)).sum() / bottle.EXAMPLES).sqrt()
+    expected = ((p - 0.25) ** 2).sum().sqrt() / noise
+    found = bottle.signal(Pairs(), torch.nn.Embedding(1, 1), bottle_of_pairs, None, n=64)
+    assert found == pytest.approx(expected.item(), rel=0.25, abs=0.2)

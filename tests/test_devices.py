@@ -7,7 +7,7 @@ from conftest import tiny_calm
 
 import train
 from autoencoder import Autoencoder, AutoencoderConfig
-from calm import CALM, CALMConfig, TransformerConfig, TransformerLM, draw_continuations
+from calm import CALM, CALMConfig, TransformerLM, draw_continuations
 from energy_head import energy_loss
 from sample import generate
 
@@ -21,7 +21,7 @@ def model_and_tokens(name, device, K=4):
     if name == "autoencoder":
         model, tokens = model.autoencoder.requires_grad_(True), tokens.view(-1, K)
     if name == "transformer":
-        model = TransformerLM(TransformerConfig(13, 16, 32, 2, 2, context=32))
+        model = TransformerLM(CALMConfig(13, 1, 8, 16, 32, 2, 2, context=32))
     return model.to(device).train(), tokens.to(device)
 
 
@@ -49,49 +49,47 @@ def test_the_published_sizes_have_the_published_numbers_of_parameters():
     """
     with torch.device("meta"):
         calm = CALM(CALMConfig(128_257), Autoencoder(AutoencoderConfig(128_257)))
-        transformer = TransformerLM(TransformerConfig(128_257))
+        transformer = TransformerLM(CALMConfig(128_257, 1, 128, 768, 2048, 12, 16))
     millions = lambda parameters: sum(p.numel() for p in parameters) / 1e6
     assert millions(p for p in calm.parameters() if p.requires_grad) == pytest.approx(371, abs=1)
     assert millions(calm.autoencoder.parameters()) == pytest.approx(75, abs=1)
     assert millions(transformer.parameters()) == pytest.approx(281, abs=1.1)
 
 
-def three_steps(model, tokens, optimizer, precision):
+def three_steps(model, tokens, precision):
     """The losses of three steps as train.py takes them, always with the same noise."""
     train.set_precision()
     device, losses = tokens.device.type, []
-    optimisers = train.make_optimisers(model, optimizer)
+    optimiser = train.make_optimiser(model)
     for _ in range(3):
         torch.manual_seed(2)
         with torch.autocast(device, precision, enabled=precision != torch.float32):
             loss, _ = model(tokens)
         assert loss.dtype == torch.float32
         loss.backward()
-        for optimiser in optimisers:
-            optimiser.param_groups[0]["lr"] = 0.01
-            optimiser.step()
-            optimiser.zero_grad()
+        for group in optimiser.param_groups:
+            group["lr"] = 0.01
+        optimiser.step()
+        optimiser.zero_grad()
         losses.append(loss.item())
     return losses
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name, optimizer", [
-    ("calm", "muon"), ("autoencoder", "adamw"), ("transformer", "adamw"),
-])  # fmt: skip
-def test_compiled_mixed_steps_are_close_to_plain_ones(name, optimizer, device, monkeypatch):
+@pytest.mark.parametrize("name", ["autoencoder", "calm", "transformer"])
+def test_compiled_mixed_steps_are_close_to_plain_ones(name, device, monkeypatch):
     """H0: rounding alone. Three losses agree to 2 %. This is what train.py does on a GPU. On a CPU
     the step is traced whole, too, but not made into other code.
     """
     torch.manual_seed(0)
     model, tokens = model_and_tokens(name, device)
-    plain = three_steps(model, tokens, optimizer, torch.float32)
+    plain = three_steps(model, tokens, torch.float32)
     if device == "cuda":  # the same noise, compiled or not
         monkeypatch.setattr("torch._inductor.config.fallback_random", True)
     torch.manual_seed(0)
     model, tokens = model_and_tokens(name, device)
     model.compile(fullgraph=True, backend="inductor" if device == "cuda" else "eager")
-    losses = three_steps(model, tokens, optimizer, torch.bfloat16)
+    losses = three_steps(model, tokens, torch.bfloat16)
     assert losses == pytest.approx(plain, rel=0.02)
     assert plain[2] < plain[0] - 1e-3, "three steps must lower the loss"
 
@@ -117,7 +115,7 @@ def test_the_gradients_of_distances_are_float32_where_the_step_is_compiled(monke
     ("autoencoder", "decoder_norm"), ("transformer", "unembedding"),
 ])  # fmt: skip
 def test_a_score_makes_few_logits_at_a_time_and_has_the_precision_of_training(name, last):
-    """Logits are what takes memory: of 300 x 32 tokens, 8 192 may have theirs at a time."""
+    """Logits are what takes memory: of 300 x 32 tokens, 4 096 may have theirs at a time."""
     model, _ = model_and_tokens(name, "cpu")
     rows, halves = [], []
 
@@ -127,5 +125,5 @@ def test_a_score_makes_few_logits_at_a_time_and_has_the_precision_of_training(na
 
     model.get_submodule(last).register_forward_hook(note)
     half = torch.autocast("cpu", torch.bfloat16)
-    train.evaluate(model.eval(), torch.randint(1, 13, (300, 32)), 300, half)
-    assert 4096 < max(rows) <= 8192 and all(halves)
+    train.evaluate(model.eval(), torch.randint(1, 13, (300, 32)), half)
+    assert 2048 < max(rows) <= 4096 and all(halves)

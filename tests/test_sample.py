@@ -11,7 +11,7 @@ import torch
 from conftest import SEEDS, chi_square_p, tiny_calm
 
 import sample
-from calm import TransformerConfig, TransformerLM
+from calm import CALMConfig, TransformerLM
 from sample import generate, temperature_sample_batch, temperature_sample_exact
 
 MANY = [0.5, 0.0, *[0.05] * 10]  # eleven outcomes, and one that cannot be
@@ -77,7 +77,7 @@ def test_the_batch_sampler_weighs_by_the_exact_methods_chances(n, a, seed):
 
 
 def test_one_over_the_temperature_is_a_whole_number_and_a_fraction():
-    for T, n, a in ((1, 1, 0), (0.333, 3, 0), (0.1, 10, 0), (0.4, 2, 0.5), (0.75, 1, 1 / 3)):
+    for T, n, a in ((1, 1, 0), (1 / 3, 3, 0), (0.1, 10, 0), (0.4, 2, 0.5), (0.75, 1, 1 / 3)):
         assert sample.inverse_temperature(T) == (n, pytest.approx(a))
 
 
@@ -119,7 +119,7 @@ def test_generation_at_half_the_temperature_squares_the_probabilities(pool, powe
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_the_baseline_divides_its_logits_by_any_temperature(temperature, seed):
     """H0: a new token has that softmax. 4 000 texts, chi-square, p > 1e-4."""
-    model, prompt = TransformerLM(TransformerConfig(5, 16, 32, 1, 2)), torch.tensor([[0, 2, 1]])
+    model, prompt = TransformerLM(CALMConfig(5, 1, 8, 16, 32, 1, 2)), torch.tensor([[0, 2, 1]])
     P = (model.unembedding(model.hidden_states(prompt)[0, -1]) / temperature).softmax(-1)
     torch.manual_seed(seed)
     drawn = generate(model, prompt.expand(4000, -1), 1, temperature)[:, 3]

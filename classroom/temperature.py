@@ -26,7 +26,7 @@ import train  # noqa: E402
 from calm import KVCache  # noqa: E402
 from classroom.words import documents_in, share_of_words, words_of  # noqa: E402
 
-TEMPERATURES = (1, 0.9, 0.8, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 1 / 3, 0.25)
+TEMPERATURES = (1, 0.8, 0.65, 0.55, 0.5, 0.4, 1 / 3, 0.25)
 CHARACTERS = 400
 POOL = 200  # N
 
@@ -98,7 +98,7 @@ def main():
     parser = argparse.ArgumentParser(description="Words against the temperature.")
     parser.add_argument("calm", help="the --out_dir of a CALM")
     parser.add_argument("baseline", help="the --out_dir of a discrete Transformer")
-    parser.add_argument("--n_texts", type=int, default=5, help="for each point, of 400 characters")
+    parser.add_argument("--n_texts", type=int, default=3, help="for each point, of 400 characters")
     parser.add_argument("--picture", default=ROOT / "classroom/pictures/words.png")
     args = parser.parse_args()
     calm, encoding = sample.load_model(args.calm)

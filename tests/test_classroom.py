@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 import regex
 import torch
-from conftest import run_in, sample, tiny_calm
+from conftest import chi_square_p, run_in, sample, tiny_calm
 from test_train import END, texts_of
 
-from calm import prefix_matches
-from classroom import bottle, compare, exercise_9, prepare, words
+from calm import CALMConfig, TransformerLM, prefix_matches
+from classroom import bottle, compare, exercise_9, prepare, temperature, words
 from classroom.choices import ALPHA, ChoiceCALM, energy_score_of_choice
 
 TEXT = "low lower lowest slow slower, blow! The show below: 123 1234 élan élan\n\n  lows aaaaa" * 3
@@ -193,3 +193,18 @@ def test_the_signal_is_what_the_dependence_adds_beside_the_noise_of_a_batch(same
     expected = ((p - 0.25) ** 2).sum().sqrt() / noise
     found = bottle.signal(Pairs(), torch.nn.Embedding(1, 1), bottle_of_pairs, None, n=64)
     assert found == pytest.approx(expected.item(), rel=0.25, abs=0.2)
+
+
+@torch.no_grad()
+def test_continuations_by_chunks_have_the_probabilities_of_token_by_token():
+    """H0: 20 000 pairs of tokens have P(first) P(second | first), from two passes over the whole
+    text; chi-square over 16 pairs, p > 1e-4, seed 0.
+    """
+    model = TransformerLM(CALMConfig(4, 1, 8, 16, 32, 2, 2, context=32)).eval()
+    text = torch.randint(4, (1, 6))
+    P = lambda tokens: model.unembedding(model.hidden_states(tokens)[:, -1]).softmax(-1)
+    longer = torch.cat([text.expand(4, -1), torch.arange(4)[:, None]], dim=1)  # (4, 7)
+    expected = P(text).T * P(longer)  # (4, 4): the first token, the second
+    pairs = temperature.by_chunks(model, text, 2, 20_000) @ torch.tensor([4, 1])
+    observed = pairs.bincount(minlength=16)
+    assert chi_square_p(observed, 20_000 * expected.flatten()) > 1e-4

@@ -250,7 +250,7 @@ def spread_windows(tokens, length):
 
 
 def make_optimiser(model):
-    """AdamW for all that is trained. It moves each weight against the running mean of its gradients,
+    """AdamW for all that is trained. It moves a weight against the running mean of its gradients,
     divided by the root of the running mean of their squares. So all weights move about equally
     fast, however large their gradients are. "Weight decay" pulls matrices towards 0, so that no
     weight grows without need. Embeddings, biases and norms are left alone: a weight for a rare

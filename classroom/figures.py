@@ -1,7 +1,6 @@
 """`python classroom/figures.py [NAME …]`: pictures of the method, into classroom/pictures/.
 
     energy        a sampler learns a ring of Gaussians; with alpha = 2 it learns only the mean
-    blur          what a draw between two codes costs, for three alpha
     robustness    how much noise an autoencoder bears, without each of its regularisers
     temperature   what both methods draw, beside the exact distribution
     draws         how many draws the exact method reads for a chunk of a trained model's text
@@ -88,52 +87,6 @@ def draw_energy(_):
     figure.axes[0].set_ylabel("y₂")
     figure.axes[0].legend(loc="lower left")
     save(figure, "energy")
-
-
-def price_of_blur(agreement, alpha, weight=0.0):
-    """What it adds to the loss, relative to that of exact draws, if the part of one token is always
-    half-way between its code and the middle. The token has two values, with codes -1 and 1. The
-    other three tokens of a chunk are right, and agree with probability `agreement`; else they add
-    three times 2^2 to a squared distance. `weight` is that of a score of the one part alone.
-    """
-    codes = torch.tensor([[-1.0], [1.0]])
-    draws = 0.5 * codes
-
-    def loss(x, y):
-        part = torch.cdist(x, y)  # (2, 2)
-        whole = (part**2 + 3 * 2**2).sqrt()
-        distance = agreement * part**alpha + (1 - agreement) * whole**alpha + weight * part**alpha
-        return distance.mean()
-
-    exact = loss(codes, codes)  # 2 · fidelity - diversity, of equal size
-    return ((2 * loss(draws, codes) - loss(draws, draws)) / exact - 1).item()
-
-
-def draw_blur(_):
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    figure.suptitle("Calculated: a blurred draw is cheap, unless all other tokens agree")
-    left, right = figure.subplots(1, 2)
-    x, y = torch.arange(8).repeat(2), torch.tensor([-1.0, 1.0]).repeat_interleave(8)
-    left.plot(x, y, "o", color=TRUTH, ms=11, mfc="none", label="codes of chunks")
-    left.plot(x, 0.5 * y, "x", color=OURS, ms=8, label="draws, blurred in one token")
-    left.set(xlabel="the other tokens' part of z (eight chunks)", ylim=(-1.5, 1.9))
-    left.set_ylabel("one token's part of z")
-    left.legend(loc="upper left", ncols=2)
-
-    agreement = torch.logspace(0, -2.5, 30).tolist()
-    lines = [("α = 1", "-", OURS, 1.0, 0), ("α = ½", "--", "tab:purple", 0.5, 0)]
-    lines += [("α = ¼", "-.", "tab:green", 0.25, 0), ("α = 1, nested", ":", "black", 1.0, 0.4)]
-    for name, style, colour, alpha, weight in lines:
-        price = [100 * price_of_blur(p, alpha, weight) for p in agreement]
-        right.plot(agreement, price, style, color=colour, label=name)
-        at = 100 * price_of_blur(0.03, alpha, weight)
-        print(f"{name}: {at:.2f} % where the others agree in 3 %", flush=True)
-    right.set(xscale="log", yscale="log", xlim=(1, 10**-2.5))
-    right.set_xticks([1, 0.1, 0.01], ["100 %", "10 %", "1 %"])
-    right.set(xlabel="probability that the other tokens agree")
-    right.set(ylabel="price of the blur (% of the loss)")
-    right.legend()
-    save(figure, "blur")
 
 
 # -------------------- The autoencoder
@@ -279,7 +232,7 @@ def draw_training(out_dir):
     save(figure, "training")
 
 
-FIGURES = {"energy": draw_energy, "blur": draw_blur, "robustness": draw_robustness}
+FIGURES = {"energy": draw_energy, "robustness": draw_robustness}
 FIGURES |= {"temperature": draw_temperature, "draws": draw_draws, "training": draw_training}
 
 

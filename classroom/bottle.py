@@ -6,8 +6,8 @@ possible Brier-n is known, too, and one sees in a minute what a head has learnt 
 gets a learnt vector for each context, in place of the Transformer's hidden state, and 1 024
 examples a step, of a context and a chunk that follows it in the text.
 
-*Signal*: the gradient's part that teaches the dependence between the tokens of a chunk, beside the
-noise of a batch, after a quarter of the steps.
+*Signal*: how strongly the gradient teaches the dependence between the tokens of a chunk, divided by
+the noise of a batch. So that heads compare, each has first learnt the tokens one by one.
 
 Compared are the paper's head, the same head by parts, and the head of choices. Add your own: a
 class with `loss` and `draw`, and a line in HEADS. Can you beat them?
@@ -277,18 +277,20 @@ def signal(head, vectors, bottle, autoencoder, n=8):
     return (halves[0] @ halves[1]).clamp_min(0).sqrt().item() / noise.item()
 
 
-def learn(head, bottle, autoencoder, steps, every):
-    """Trains a head, and a vector for each context. Returns a row for each score: step, and the
-    shares of the possible Brier-1 … 4; and the `signal` at the first of them.
+def learn(head, bottle, autoencoder, steps, every, exchange=False):
+    """Trains a head, and a vector for each context. Returns the vectors, and a row for each score:
+    step, and the shares of the possible Brier-1 … 4. With `exchange`, the tokens of the chunks are
+    exchanged, so that there is no dependence to be learnt.
     """
     vectors = nn.Embedding(len(bottle.chunks), WIDTH)
     parameters = [*head.parameters(), *vectors.parameters()]
     optimiser = torch.optim.AdamW([p for p in parameters if p.requires_grad], betas=train.BETAS)
     rows = []
-    strength = None
     for step in range(1, steps + 1):
         optimiser.param_groups[0]["lr"] = train.learning_rate(step, steps, 1e-2)
         contexts, chunks = bottle.examples(EXAMPLES)
+        if exchange:
+            chunks = bottle.exchanged(contexts)
         head.loss(vectors(contexts), chunks, autoencoder).backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -296,20 +298,20 @@ def learn(head, bottle, autoencoder, steps, every):
             with torch.no_grad():
                 draws = head.draw(vectors.weight, 256, autoencoder)  # (C, 256, K)
             rows.append([step, *(bottle.brier(draws) / bottle.best()).tolist()])
-            if strength is None:
-                with torch.random.fork_rng():  # training goes on with the numbers it would have had
-                    strength = signal(head, vectors, bottle, autoencoder)
-    return rows, strength
+    return vectors, rows
 
 
-def draw_picture(path, results):
-    """A panel for each n: the share of the possible Brier-n, over the steps, for each head."""
+def draw_picture(path, results, alone):
+    """A panel for each n: the share of the possible Brier-n, over the steps, for each head. The
+    red line is the share that one reaches without the dependence between tokens, (4,).
+    """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     figure.suptitle("What a head has learnt of known distributions: the later tokens come slowly")
     for n, axes in enumerate(figure.subplots(1, K, sharey=True), start=1):
         for name, rows in results.items():
             steps = [row[0] for row in rows]
             axes.plot(steps, [row[n] for row in rows], label=name, color=HEADS[name][1])
+        axes.axhline(alone[n - 1], color="tab:red", ls=":", label="each token by itself")
         axes.set(title=f"Brier-{n}", xlabel="steps", ylim=(0, 1.05))
         axes.axhline(1, color="0.6", ls=":")
     figure.axes[0].set_ylabel("share of the possible")
@@ -333,6 +335,10 @@ def main():
     print(f"{len(bottle.chunks)} contexts; the best possible Brier-1 … 4 (x 100): {best}")
     autoencoder = trained_autoencoder(tokens, args.autoencoder)
     print(f"the autoencoder is ready after {time.monotonic() - begun:.0f} s", flush=True)
+    # Without the dependence: a thousand chunks of exchanged tokens for each context.
+    contexts = torch.arange(len(bottle.chunks)).repeat_interleave(1000)
+    exchanged = bottle.exchanged(contexts).view(len(bottle.chunks), 1000, K)
+    alone = bottle.brier(exchanged) / bottle.best()
     results = {}
     print("\n| head | s | share of the possible Brier-1 … 4 | BrierLM | signal |")
     print("|---|--:|---|--:|--:|")
@@ -340,14 +346,20 @@ def main():
         torch.manual_seed(args.seed)
         since = time.monotonic()
         head = kind(autoencoder, bottle)
-        rows, strength = learn(head, bottle, autoencoder, args.steps, args.steps // 4)
+        _, rows = learn(head, bottle, autoencoder, args.steps, args.steps // 4)
         results[name] = rows
+        head = kind(autoencoder, bottle)
+        vectors, _ = learn(head, bottle, autoencoder, args.steps // 4, args.steps, exchange=True)
+        strength = signal(head, vectors, bottle, autoencoder)
         shares = ", ".join(f"{share:.2f}" for share in rows[-1][1:])
         score = train.brier_lm(torch.tensor(rows[-1][1:]) * bottle.best())
         print(f"| {name} | {time.monotonic() - since:.0f} | {shares} | {score:.2f} "
               f"| {strength:.2f} |", flush=True)  # fmt: skip
     print(f"| the true distribution | | 1, 1, 1, 1 | {train.brier_lm(bottle.best()):.2f} | |")
-    draw_picture(args.picture, results)
+    shares = ", ".join(f"{share:.2f}" for share in alone.tolist())
+    score = train.brier_lm(alone * bottle.best())
+    print(f"| each token by itself | | {shares} | {score:.2f} | |")
+    draw_picture(args.picture, results, alone.tolist())
     print(f"\ndrawn: {args.picture}; {time.monotonic() - begun:.0f} s in all")
 
 

@@ -185,8 +185,13 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_ever(undisturbed, tmp_path, c
     """
 
     def interrupted():
-        with contextlib.redirect_stdout(Interrupting(io.BytesIO(), encoding="utf-8")):
-            runpy.run_path(train.__file__, run_name="__main__")
+        # A shell that runs the tests in the background lets them ignore Ctrl-C: not here.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with contextlib.redirect_stdout(Interrupting(io.BytesIO(), encoding="utf-8")):
+                runpy.run_path(train.__file__, run_name="__main__")
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     shutil.copy(undisturbed / "text.txt", tmp_path)
     with pytest.raises(SystemExit) as ended:

@@ -296,8 +296,10 @@ def build_model(kind, configs):
 
 
 def load_model(out_dir, kind="calm"):
-    """The model of a run, for evaluation, and its tokenizer: {kind}.pt, or else baseline.pt."""
-    if Path(out_dir, "baseline.pt").exists():
+    """The model in {kind}.pt, for evaluation, and its tokenizer. In the folder of a baseline, which
+    has no calm.pt, the model is that in baseline.pt.
+    """
+    if kind == "calm" and Path(out_dir, "baseline.pt").exists():
         kind = "baseline"
     checkpoint = load_checkpoint(out_dir, kind)
     model = build_model(kind, checkpoint["configs"])

@@ -324,7 +324,9 @@ def restore_checkpoint(kind, model, optimiser, args, data, progress):
     if not Path(args.out_dir, f"{kind}.pt").exists():
         return
     saved = sample.load_checkpoint(args.out_dir, kind)
-    check(saved["data"] == data.about, f"{kind}.pt began with another text or tokenizer")
+    for name in ("sha256", "sizes"):
+        same = saved["data"][name] == data.about[name]
+        check(same, f"{kind}.pt began with another text or tokenizer")
     for name in ("seed", "autoencoder", *SETTINGS):
         value = saved["settings"][name]
         check(value == getattr(args, name), f"{kind}.pt began with --{name} {value}: give it again")

@@ -181,7 +181,7 @@ class Interrupting(io.TextIOWrapper):
 def test_a_run_that_is_stopped_and_resumed_ends_as_ever(undisturbed, tmp_path, capsys):
     """First by Ctrl-C: that is one line, which says how to go on. Then a process of its own is
     killed at a random moment, after up to 40 lines and 0.1 seconds. At last it goes on as if it had
-    been on a GPU so far. The log has each score once.
+    been on a GPU so far, and its text is elsewhere. The log has each score once.
     """
 
     def interrupted():
@@ -215,7 +215,8 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_ever(undisturbed, tmp_path, c
             saved = torch.load(path, weights_only=True)  # raises if it is damaged
             saved["settings"] |= {"device": "cuda", "dtype": "bfloat16", "compile": True}
             torch.save(saved, path)
-    train_in(tmp_path, "--resume")
+    (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
+    run_in(tmp_path, train.main, *SIZES, "--resume", "--data", "moved.txt")
     assert outcome(tmp_path / "run") == outcome(undisturbed / "run")
     assert sample.load_checkpoint(tmp_path / "run", "calm")["settings"]["device"] == "cpu"
 

@@ -60,7 +60,8 @@ from autoencoder import NORM_EPS, init_by_width
 
 def fidelity_and_diversity(samples, targets, alpha=1.0):
     """The two parts of the energy score, unbiased: E |x - y|^alpha and E |x' - x''|^alpha.
-    samples (N, ..., l), targets (M, ..., l) -> (...) each; N >= 2, 0 < alpha < 2.
+    samples (N, ..., l), targets (M, ..., l) -> (...) each; N >= 2, 0 < alpha < 2. Gradients are
+    finite, even where points coincide.
 
     "Fidelity" is small if the draws lie near the data. Alone it would pull all draws to one point.
     "Diversity" rewards draws that lie apart. At P = Q the two are equal, on average.

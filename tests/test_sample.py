@@ -195,3 +195,15 @@ def test_only_the_users_mistakes_are_sentences(command):
         sample.check(False, "do this instead")
 
     assert command(mistake) == "script.py: do this instead"
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.9])
+def test_the_exact_sampler_gives_up_after_max_draws(temperature):
+    """No two draws agree: at T = 1/2 no attempt succeeds, at 0.9 no trial of the factory. It asks
+    for some hundred draws at a time, so that it may make a few more than 1 000.
+    """
+    numbers = itertools.count()
+    draw = lambda n: torch.tensor([[next(numbers)] for _ in range(n)])
+    with pytest.raises(sample.UserError, match="higher temperature"):
+        sample.temperature_sample_exact(draw, temperature, max_draws=1000)
+    assert next(numbers) < 2000

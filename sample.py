@@ -106,9 +106,9 @@ def temperature_sample_exact(draw, temperature, max_draws=1_000_000, generator=N
 
     With 1/T = n + a, an attempt makes n draws, even if the first two differ. They are all x with
     probability P(x)^n. If a > 0, a Bernoulli factory then accepts x with probability P(x)^a, from
-    new draws. Otherwise the attempt fails and we start again. So an attempt gives x with probability
-    P(x)^(1/T). Among the attempts that succeed, the share of x is that divided by the sum over all
-    x, which is Z.
+    new draws. Otherwise the attempt fails and we start again. So x comes with probability
+    P(x)^(1/T). Among the attempts that succeed, its share is that divided by the sum over all x,
+    which is Z.
     """
     n, a = inverse_temperature(temperature)
     draws = one_by_one(draw, max_draws)

@@ -201,7 +201,7 @@ def load_tokens(args):
     at each start, which takes a second for the plays, from a text.
     """
     folder = Path(args.data)
-    if (folder / "data.json").exists():
+    if (folder / "data.json").exists() and (folder / "ranks.txt").exists():
         args.tokenizer = "ranks.txt"  # that of the folder, whatever else was asked for
         encoding = sample.load_tokenizer(folder / "ranks.txt")
         # Mapped into memory, not read: a text may be larger than memory. A token has 4 bytes.

@@ -89,7 +89,7 @@ def row(preset, kind):
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
         for card, (bfloat16, float32) in PEAK.items():
             if card in torch.cuda.get_device_name():
-                peak = bfloat16 if args.dtype == "bfloat16" else float32
+                peak = {"bfloat16": bfloat16, "float32": float32}[args.dtype]
                 share = f"{flops / time / peak:.1%}"
     cells = [preset, kind, way, f"{tokens.shape[0]} × {tokens.shape[1]}", f"{1e3 * time:,.0f} ms"]
     cells += [f"{tokens.numel() / time:,.0f}", f"{flops / time / 1e12:.3g}", share, memory]

@@ -98,9 +98,11 @@ def test_a_text_has_three_parts_and_each_document_ends(tmp_path):
 
 
 def test_of_a_folder_all_texts_count_in_order(tmp_path):
-    """Not those with other names, hidden ones, or a byte order mark."""
+    """Not those with other names (a data.json of the user's, say), hidden ones, or a byte order
+    mark.
+    """
     (tmp_path / "inner").mkdir()
-    for name in ("inner/c.txt", ".hidden.txt", "d.md"):
+    for name in ("inner/c.txt", ".hidden.txt", "d.md", "data.json"):
         (tmp_path / name).write_text("no")
     (tmp_path / "b.txt").write_text("\u00e9" * 20, encoding="utf-8-sig")
     (tmp_path / "a.txt").write_text("abc")

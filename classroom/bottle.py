@@ -9,8 +9,9 @@ examples a step, of a context and a chunk that follows it in the text.
 *Signal*: how strongly the gradient teaches the dependence between the tokens of a chunk, divided by
 the noise of a batch. So that heads compare, each has first learnt the tokens one by one.
 
-Compared are the paper's head, the same head by parts, and the head of choices. Add your own: a
-class with `loss` and `draw`, and a line in HEADS. Can you beat them?
+Compared are the paper's head, the same head by parts, and two experiments: a head that rolls dice
+(parts.py) and a head of choices (choices.py). Add your own: a class with `loss` and `draw`, and a
+line in HEADS. Can you beat them?
 
 Letters: those of autoencoder.py, and C contexts, n examples or draws.
 """
@@ -33,7 +34,8 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from autoencoder import Autoencoder, AutoencoderConfig  # noqa: E402
 from classroom.choices import ChoiceHead  # noqa: E402
-from energy_head import EnergyHead, energy_loss  # noqa: E402
+from classroom.parts import PartsHead, parts_of_latent  # noqa: E402
+from energy_head import EnergyHead, energy_loss, energy_score  # noqa: E402
 
 K = 4  # tokens in a chunk, and in a context
 WIDTH = 128  # d of the heads, as in the preset `quick`
@@ -136,26 +138,6 @@ class PapersHead(nn.Module):
         return autoencoder.decode(self.head.sample(h, n)).argmax(-1).transpose(0, 1)
 
 
-def parts_of_latent(autoencoder, chunks):
-    """An orthonormal basis of the latent space, (l, l), whose k-th l/K columns belong to token k.
-
-    Exchange the tokens after the k-th of a chunk for those of another: the vector moves. The
-    directions in which it moves least belong to the first k tokens.
-    """
-    l = autoencoder.config.latent_size
-    other = chunks[torch.randperm(len(chunks))]
-    basis = torch.zeros(l, 0)
-    for k in range(1, K):
-        exchanged = torch.cat([chunks[:, :k], other[:, k:]], dim=1)
-        moved = autoencoder.encode(chunks)[0] - autoencoder.encode(exchanged)[0]  # (n, l)
-        # Only in what the parts before have left over.
-        rest = torch.linalg.svd(basis, full_matrices=True)[0][:, basis.shape[1] :]
-        _, directions = torch.linalg.eigh(rest.T @ moved.T @ moved @ rest)  # smallest first
-        basis = torch.cat([basis, rest @ directions[:, : l // K]], dim=1)
-    rest = torch.linalg.svd(basis, full_matrices=True)[0][:, basis.shape[1] :]
-    return torch.cat([basis, rest], dim=1)
-
-
 class HeadByParts(nn.Module):
     """The paper's head once for each token: it draws the token's part of z, given the parts before.
     In training these are the text's own ("teacher forcing"), with a little noise, since in drawing
@@ -193,9 +175,8 @@ class HeadByParts(nn.Module):
         for k, hidden in enumerate(self.teacher_forcing(h, true)):
             begin, end = k * self.size, (k + 1) * self.size
             samples = self.heads[k].sample(hidden, N_SAMPLES)
-            # The posterior is known in the old basis. Here its mean is enough: it is narrow.
-            still = torch.full_like(true[:, begin:end], -3.0)
-            loss = loss + energy_loss(samples, true[:, begin:end], still, N_TARGETS, ALPHA)[0]
+            # One target is enough: a posterior is narrow beside the distances between codes.
+            loss = loss - energy_score(samples, true[None, :, begin:end], ALPHA).mean()
         return loss
 
     def draw(self, h, n, autoencoder):
@@ -209,24 +190,35 @@ class HeadByParts(nn.Module):
 class HeadOfChoices(nn.Module):
     """`choices.py`: K softmaxes, each given the choices before it, each with a score of its own."""
 
+    kind = ChoiceHead
+
     def __init__(self, autoencoder, bottle):
         super().__init__()
         c = autoencoder.config
         sizes = {"chunk_size": K, "vocab_size": c.vocab_size, "latent_size": c.latent_size}
-        self.head = ChoiceHead(SimpleNamespace(**sizes, hidden_size=WIDTH))
+        self.head = self.kind(SimpleNamespace(**sizes, hidden_size=WIDTH))
         some = torch.cat([chunks[:500] for chunks in bottle.chunks])
         self.head.start_from(autoencoder, some[torch.randperm(len(some))])
 
     def loss(self, h, chunks, autoencoder):
-        return self.head.loss(h, chunks)
+        return self.head.loss(h, chunks, autoencoder)
 
     def draw(self, h, n, autoencoder):
         return autoencoder.decode(self.head.sample(h, n)).argmax(-1).transpose(0, 1)
 
 
+class HeadOfDice(HeadOfChoices):
+    """`parts.py`: K dice. The sides of each depend on the tokens before it, and each has a score of
+    its own.
+    """
+
+    kind = PartsHead
+
+
 HEADS = {  # name: class, colour in the picture
     "the paper's head": (PapersHead, "tab:blue"),
     "the paper's head, by parts": (HeadByParts, "tab:green"),
+    "dice, by parts": (HeadOfDice, "tab:purple"),
     "the head of choices": (HeadOfChoices, "tab:orange"),
 }
 

@@ -9,20 +9,17 @@ first. A choice has a score of its own, given the text's choices before it ("tea
 The price: K softmaxes over the vocabulary are back, small ones. The rest is CALM.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-import tiktoken
 import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample  # noqa: E402
-import train  # noqa: E402
 from autoencoder import NORM_EPS, init_by_width  # noqa: E402
-from calm import CALM, CALMConfig  # noqa: E402
+from classroom import heads  # noqa: E402
 
 ALPHA = 0.5  # exponent of the distances: all in (0, 2) are proper, and 1/2 is a little better here
 
@@ -59,7 +56,7 @@ class ChoiceHead(nn.Module):
         x_1 = c = a map of the hidden state,   x_{k+1} = x_k + embedding_k[i_k]
 
     codes[k, v] is what token v at place k adds to the vector of a chunk. The autoencoder was not
-    trained to be such a sum, but nearly is one: `main` prints how well the decoder reads sums.
+    trained to be such a sum, but nearly is one.
     """
 
     def __init__(self, config):
@@ -75,24 +72,24 @@ class ChoiceHead(nn.Module):
     @torch.no_grad()
     def start_from(self, autoencoder, chunks, n=64):
         """From a trained autoencoder and chunks of text, (many, K) int: codes[k, v] is how far the
-        mean vector of n of them moves when their token k becomes v. P begins as frequencies."""
-        V, few = self.codes.shape[1], chunks[:n]
-        self.origin.copy_(autoencoder.encode(few)[0].mean(0))
-        for k, codes in enumerate(self.codes):  # a view, (V, l): it writes into self.codes
-            for v in range(V):
-                changed = few.clone()
-                changed[:, k] = v
-                codes[v] = autoencoder.encode(changed)[0].mean(0) - self.origin
+        mean vector of n of them moves when their token k becomes v. P begins as frequencies.
+        Returns the share of the tokens that the decoder recovers from sums of their codes.
+        """
+        V = self.codes.shape[1]
+        self.origin.copy_(autoencoder.encode(chunks[:n])[0].mean(0))
+        self.codes.copy_(heads.mean_vectors(autoencoder, chunks[:n]) - self.origin)
         counts = torch.bincount(chunks.flatten(), minlength=V) + 1  # + 1: nothing is impossible
         for choice in self.choices:
             choice.mlp[-1].bias.copy_((counts / counts.sum()).log())
             nn.init.zeros_(choice.mlp[-1].weight)
+        right = autoencoder.decode(self.sums(chunks[:1000])).argmax(-1) == chunks[:1000]
+        return right.float().mean().item()
 
     def sums(self, chunks):
         """(..., K) int, the choices  ->  the vectors z, (..., l)."""
         return self.origin + sum(codes[i] for codes, i in zip(self.codes, chunks.unbind(-1)))
 
-    def loss(self, hidden, chunks):
+    def loss(self, hidden, chunks, autoencoder=None):
         """Minus the energy scores of the K choices: hidden (..., d), chunks (..., K) -> a scalar.
         Two values of one choice, all else equal, give vectors as far apart as their codes.
         """
@@ -117,57 +114,10 @@ class ChoiceHead(nn.Module):
         return self.sums(torch.stack(chunk, dim=-1))
 
 
-class ChoiceCALM(CALM):
-    """CALM with a `ChoiceHead`. In evaluation its loss is the paper's, so that heads compare."""
-
-    def __init__(self, config, autoencoder):
-        super().__init__(config, autoencoder)
-        self.head = ChoiceHead(config)
-
-    def forward(self, tokens):
-        """tokens (B, T)  ->  loss, metrics: scalars."""
-        if not self.training:
-            return super().forward(tokens)
-        hidden = self.hidden_states(tokens[:, : -self.config.chunk_size])  # (B, L-1, d)
-        chunks = tokens.unflatten(1, (-1, self.config.chunk_size))  # (B, L, K)
-        return self.head.loss(hidden, chunks[:, 1:]), {}
-
-
 def load(out_dir):
-    """The model in choices.pt, for evaluation, and its tokenizer: like `sample.load_model`."""
-    saved = sample.load_checkpoint(out_dir, "choices")
-    autoencoder = sample.build_model("autoencoder", saved["configs"])
-    model = ChoiceCALM(CALMConfig(**saved["configs"]["choices"]), autoencoder)
-    model.load_state_dict(saved["weights"])
-    return model.eval(), tiktoken.Encoding("saved", **saved["tokenizer"])
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Train CALM with a head of K choices.")
-    parser.add_argument("--autoencoder", default="out/quick", help="the run that has trained it")
-    parser.add_argument("--out_dir", default="out/choices", help="where all that it writes goes")
-    folders = parser.parse_args()
-    settings = sample.load_checkpoint(folders.autoencoder, "autoencoder")["settings"]
-    changed = {"resume": False, "lr": 3e-3, "compile": False}
-    changed |= {"device": sample.pick_device("auto"), "dtype": "float32"}
-    args = argparse.Namespace(**settings | changed | vars(folders))
-    there = any(Path(args.out_dir).glob("*.pt"))
-    sample.check(not there, f"{args.out_dir} holds a trained model: name another --out_dir")
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-    data = train.load_tokens(args)
-
-    calm, log = train.new_model("calm", args, data)
-    autoencoder = calm.autoencoder.eval()
-    model = ChoiceCALM(calm.config, autoencoder)
-    chunks = train.random_windows(data.train, 20_000, args.chunk_size)
-    model.head.start_from(autoencoder, chunks)
-    right = autoencoder.decode(model.head.sums(chunks[:1000])).argmax(-1) == chunks[:1000]
-    print(f"the decoder finds {right.float().mean():.2%} of the tokens in sums of their codes")
-
-    train.PURPOSES["choices"] = "which is CALM with a head of K choices"
-    log = train.train("choices", model, args, data, log)
-    train.finish("choices", model, args, data, log)
+    """The model in choices.pt, for evaluation, and its tokenizer."""
+    return heads.load(out_dir, "choices", ChoiceHead)
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    sample.run(lambda: heads.main("choices", ChoiceHead, 1.0))

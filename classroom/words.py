@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample  # noqa: E402
 import train  # noqa: E402
-from classroom import choices  # noqa: E402
+from classroom import choices, parts  # noqa: E402
 
 
 def words_of(text):
@@ -50,6 +50,8 @@ def main():
     args = parser.parse_args()
     if Path(args.folder, "choices.pt").exists():
         model, encoding = choices.load(args.folder)
+    elif Path(args.folder, "parts.pt").exists():
+        model, encoding = parts.load(args.folder)
     else:
         model, encoding = sample.load_model(args.folder)
 

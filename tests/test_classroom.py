@@ -1,4 +1,4 @@
-"""The classroom's tools: texts of any size, the head of choices, words, the bottle."""
+"""The classroom's tools: texts of any size, other heads, words, the bottle."""
 
 import lzma
 from argparse import Namespace
@@ -11,8 +11,9 @@ from conftest import chi_square_p, run_in, sample, tiny_calm
 from test_train import END, texts_of
 
 from calm import CALMConfig, TransformerLM, prefix_matches
-from classroom import bottle, compare, exercise_9, prepare, temperature, words
-from classroom.choices import ALPHA, ChoiceCALM, energy_score_of_choice
+from classroom import bottle, compare, exercise_9, parts, prepare, temperature, words
+from classroom.choices import ALPHA, ChoiceHead, energy_score_of_choice
+from classroom.heads import HeadCALM
 
 TEXT = "low lower lowest slow slower, blow! The show below: 123 1234 élan élan\n\n  lows aaaaa" * 3
 
@@ -93,11 +94,19 @@ def test_the_closed_form_is_the_sum_over_all_pairs():
     torch.testing.assert_close(energy_score_of_choice(P, 1 - torch.eye(5), target), brier - 1)
 
 
-def test_the_loss_is_that_of_each_choice_after_those_of_the_text():
-    base, tokens, expected = tiny_calm(3, vocab_size=5, context=24), torch.randint(5, (1, 9)), 0
-    model = ChoiceCALM(base.config, base.autoencoder)
+def random_head(kind, K=3):
+    """A CALM with a head of this class, all of whose numbers are random: no term hides behind a 0.
+    And a text of three chunks.
+    """
+    base = tiny_calm(K, vocab_size=5, context=24)
+    model = HeadCALM(base.config, base.autoencoder, kind(base.config))
     for tensor in model.head.state_dict().values():
-        tensor.normal_(std=0.3)  # no term hides behind a zero
+        tensor.normal_(std=0.3)
+    return model, torch.randint(5, (1, 3 * K))
+
+
+def test_the_loss_is_that_of_each_choice_after_those_of_the_text():
+    (model, tokens), expected = random_head(ChoiceHead), 0
     hidden = model.hidden_states(tokens)[0, :2]
     for h, chunk in zip(hidden, tokens.view(3, 3)[1:]):  # a state predicts the next chunk
         x = c = model.head.hidden(h)
@@ -108,6 +117,56 @@ def test_the_loss_is_that_of_each_choice_after_those_of_the_text():
             x = x + choice.embedding.weight[token]
     torch.testing.assert_close(model.train()(tokens)[0], expected)
     assert "fidelity" in model.eval()(tokens)[1], "in evaluation the loss is CALM's"
+
+
+def test_the_score_of_a_die_is_the_sum_over_all_pairs_of_rolls():
+    sides, target = torch.randn(6, 5, 3), torch.randn(6, 3)
+    expected = []
+    for x, y in zip(sides, target):
+        pairs = [(a - b).norm() for a in x for b in x]  # 25 of them, also a side with itself
+        expected.append(sum(pairs) / 25 - 2 * sum((a - y).norm() for a in x) / 5)
+    torch.testing.assert_close(parts.score_of_die(sides, target), torch.stack(expected))
+    same = torch.zeros(1, 4, 3, requires_grad=True)  # all sides on the target
+    parts.score_of_die(same, torch.zeros(1, 3)).backward()
+    assert same.grad.isfinite().all()
+
+
+def test_the_loss_is_that_of_each_die_after_the_tokens_of_the_text():
+    (model, tokens), expected = random_head(parts.PartsHead, K=4), 0
+    head, chunks = model.head, tokens.view(3, 4)[1:]
+    torch.manual_seed(3)
+    loss = model.train()(tokens)[0]
+    mean, log_std = model.autoencoder.encode(chunks[None])
+    torch.manual_seed(3)  # the same draw from the posterior
+    z = (mean + log_std.exp() * torch.randn_like(mean))[0]
+    for h, part, chunk in zip(model.hidden_states(tokens)[0], z @ head.basis, chunks):
+        x = c = head.hidden(h)
+        for die, target, token in zip(head.dice, part.view(4, -1), chunk):
+            sides = die.mlp(torch.cat([die.norm(x), c])).view(parts.SIDES, -1)
+            expected -= parts.score_of_die(sides, target) / 2
+            x = x + die.embedding.weight[token]
+    torch.testing.assert_close(loss, expected)
+
+
+@torch.no_grad()
+def test_all_sides_are_equally_likely_and_the_next_die_knows_the_token():
+    """H0: 40 000 draws are evenly spread over the 32 sides of the first die and, for each, the 32
+    sides that the second has after the token whose code is nearest; chi-square over 1 024 pairs,
+    p > 1e-4, seed 0.
+    """
+    head = random_head(parts.PartsHead, K=2)[0].head
+    head.basis.copy_(torch.linalg.qr(head.basis)[0])
+    h = torch.randn(1, head.hidden[0].in_features)
+    x = c = head.hidden(h)
+    first = head.dice[0](x, c)[0]  # (32, l/2)
+    tokens = (first[:, None] - head.codes[0]).square().sum(-1).argmin(-1)  # (32,)
+    assert len(tokens.unique()) > 1
+    after = head.dice[1](x + head.dice[0].embedding.weight[tokens], c.expand(32, -1))  # (32, 32, …)
+    possible = torch.cat([first[:, None].expand_as(after), after], dim=-1) @ head.basis.T
+    distances = torch.cdist(head.sample(h, 40_000)[:, 0], possible.flatten(0, 1))
+    assert distances.amin(1).max() < 0.01  # but for rounding
+    observed = distances.argmin(1).bincount(minlength=1024)
+    assert chi_square_p(observed, torch.full((1024,), 40_000 / 1024)) > 1e-4
 
 
 def test_words_are_two_letters_or_more_and_whole():
@@ -134,14 +193,14 @@ def test_the_parts_of_a_latent_are_a_basis_in_which_the_tokens_stand_side_by_sid
     """An autoencoder whose vector is a sum of what its tokens add, in directions that are mixed."""
 
     class Sum:
-        config = Namespace(latent_size=8)
+        config = Namespace(latent_size=8, chunk_size=4)
         mix = torch.linalg.qr(torch.randn(8, 8))[0]
 
         def encode(self, chunks):
             parts = torch.nn.functional.one_hot(chunks, 3)[..., :2].float()  # (n, K, 2)
             return parts.flatten(1) @ self.mix, None
 
-    basis = bottle.parts_of_latent(Sum(), torch.randint(3, (500, 4)))
+    basis = parts.parts_of_latent(Sum(), torch.randint(3, (500, 4)))
     torch.testing.assert_close(basis.T @ basis, torch.eye(8), atol=1e-5, rtol=0)
     overlap = (Sum.mix @ basis).view(4, 2, 4, 2).square().sum((1, 3)) / 2
     torch.testing.assert_close(overlap, torch.eye(4), atol=1e-4, rtol=0)

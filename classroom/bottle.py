@@ -314,7 +314,7 @@ def draw_picture(path, results, alone):
 def main():
     parser = argparse.ArgumentParser(description="Heads on distributions that are known.")
     parser.add_argument("--autoencoder", help="the folder of a run (default: train one)")
-    parser.add_argument("--steps", type=int, default=200, help="of each head")
+    parser.add_argument("--steps", type=int, default=160, help="of each head")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--picture", default=ROOT / "classroom/pictures/bottle.png")
     args = parser.parse_args()

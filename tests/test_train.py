@@ -23,7 +23,7 @@ from test_sample import BYTES, rank_file
 
 import train
 from calm import brier_lm
-from classroom import choices, prepare
+from classroom import choices, heads, parts, prepare
 
 END = sample.END_OF_TEXT
 SIZES = (
@@ -223,26 +223,29 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_ever(undisturbed, tmp_path, c
     assert sample.load_checkpoint(tmp_path / "run", "calm")["settings"]["device"] == "cpu"
 
 
-def test_a_calm_or_a_head_of_choices_on_the_autoencoder_of_another_run(tmp_path):
+def test_a_calm_or_another_head_on_the_autoencoder_of_another_run(tmp_path):
     """Its weights stay, and so do the settings with which it was trained."""
     steps = ["--steps", 2, "--autoencoder_steps", 2]
     words = ["--stage", "autoencoder", "--kl_weight", 0, "--kl_floor", 2, "--dropout", 0.5]
     train_in(tmp_path, *steps, *words, "--out_dir", "first")
     assert "accuracy" in json.loads((tmp_path / "first/summary.json").read_text())["autoencoder"]
     train_in(tmp_path, *steps, "--out_dir", "second", "--autoencoder", "first")
-    run_in(tmp_path, choices.main, "--autoencoder", "first", "--out_dir", "third")
+    for kind, head in (("choices", choices.ChoiceHead), ("parts", parts.PartsHead)):
+        main = lambda: heads.main(kind, head, 1.0)
+        run_in(tmp_path, main, "--autoencoder", "first", "--out_dir", kind)
     first = sample.load_checkpoint(tmp_path / "first", "autoencoder")
     config = first["configs"]["autoencoder"]
     assert [config[name] for name in ("kl_weight", "kl_floor", "dropout")] == [0, 2, 0.5]
-    for folder, kind in (("second", "calm"), ("third", "choices")):
+    for folder, kind in (("second", "calm"), ("choices", "choices"), ("parts", "parts")):
         saved = sample.load_checkpoint(tmp_path / folder, kind)
         assert saved["step"] == 2 and saved["configs"]["autoencoder"] == config
         for name, weight in first["weights"].items():
             assert torch.equal(weight, saved["weights"][f"autoencoder.{name}"])
         assert not (tmp_path / folder / "autoencoder.pt").exists()
         assert (tmp_path / folder / "summary.json").exists()
-    model, encoding = choices.load(tmp_path / "third")
-    assert sample.write_text(model, encoding, "to be", 8, 0.5).startswith("to be")
+    for module in (choices, parts):
+        model, encoding = module.load(tmp_path / module.__name__.split(".")[1])
+        assert sample.write_text(model, encoding, "to be", 8, 0.5).startswith("to be")
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path, monkeypatch, command):

@@ -7,7 +7,8 @@ gets a learnt vector for each context, in place of the Transformer's hidden stat
 examples a step, of a context and a chunk that follows it in the text.
 
 *Signal*: how strongly the gradient teaches the dependence between the tokens of a chunk, divided by
-the noise of a batch. So that heads compare, each has first learnt the tokens one by one.
+the noise of a batch. So that heads can be compared, each has first learnt from chunks whose tokens
+were exchanged, and so how frequent each token is.
 
 Compared are the paper's head, the same head by parts, and two experiments: a head that rolls dice
 (parts.py) and a head of choices (choices.py). Add your own: a class with `loss` and `draw`, and a
@@ -53,7 +54,8 @@ class Bottle:
 
     def __init__(self, tokens, n_contexts=64):
         windows = np.lib.stride_tricks.sliding_window_view(tokens, 2 * K)  # (T-7, 8): all places
-        numbers = windows[:, :K].astype(np.int64) @ 257 ** np.arange(K)  # one for each context
+        # One number for each context: its tokens are the digits. There are 257 tokens.
+        numbers = windows[:, :K].astype(np.int64) @ 257 ** np.arange(K)
         found, counts = np.unique(numbers, return_counts=True)
         self.chunks = []  # for each context (places, K): the chunks that follow it
         for number in found[counts.argsort()[::-1][:n_contexts]]:
@@ -175,7 +177,7 @@ class HeadByParts(nn.Module):
         for k, hidden in enumerate(self.teacher_forcing(h, true)):
             begin, end = k * self.size, (k + 1) * self.size
             samples = self.heads[k].sample(hidden, N_SAMPLES)
-            # One target is enough: a posterior is narrow beside the distances between codes.
+            # One target is enough: a posterior is narrow beside the distances between tokens.
             loss = loss - energy_score(samples, true[None, :, begin:end], ALPHA).mean()
         return loss
 
@@ -229,7 +231,10 @@ HEADS = {  # name: class, colour in the picture
 def trained_autoencoder(tokens, folder):
     """That of a run, or else a new one, trained for half a minute."""
     if folder is not None:
-        return sample.load_model(folder, "autoencoder")[0].requires_grad_(False)
+        model = sample.load_model(folder, "autoencoder")[0].requires_grad_(False)
+        fits = (model.config.chunk_size, model.config.vocab_size) == (K, 257)
+        sample.check(fits, f"{folder} must be a run with K = {K} that reads bytes")
+        return model
     sizes = {"latent_size": 32, "hidden_size": 128, "intermediate_size": 320}
     model = Autoencoder(AutoencoderConfig(257, **sizes))
     optimiser = torch.optim.AdamW(model.parameters(), betas=train.BETAS)
@@ -264,7 +269,7 @@ def signal(head, vectors, bottle, autoencoder, n=8):
         differences.append(pair[0] - pair[1])
     noise = torch.stack(gradients).var(0).sum().sqrt()
     # The mean of n differences has noise, too, which would make it longer. The means of two halves
-    # have independent noise: their product is the square of the length, without a bias.
+    # have independent noise: their product estimates the square of the length without a bias.
     halves = torch.stack(differences).view(2, n // 2, -1).mean(1)  # (2, parameters)
     return (halves[0] @ halves[1]).clamp_min(0).sqrt().item() / noise.item()
 
@@ -318,6 +323,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("--picture", default=ROOT / "classroom/pictures/bottle.png")
     args = parser.parse_args()
+    sample.check(args.steps >= 4, "--steps must be at least 4")
     begun = time.monotonic()
     torch.manual_seed(args.seed)
     settings = {"data": "shakespeare", "tokenizer": "bytes", "context": 256, "out_dir": "out"}
@@ -332,7 +338,7 @@ def main():
     exchanged = bottle.exchanged(contexts).view(len(bottle.chunks), 1000, K)
     alone = bottle.brier(exchanged) / bottle.best()
     results = {}
-    print("\n| head | s | share of the possible Brier-1 … 4 | BrierLM | signal |")
+    print("\n| head | s, signal included | share of the possible Brier-1 … 4 | BrierLM | signal |")
     print("|---|--:|---|--:|--:|")
     for name, (kind, _) in HEADS.items():
         torch.manual_seed(args.seed)

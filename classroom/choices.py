@@ -1,11 +1,10 @@
-"""An experiment, not in the paper: a head whose noise is K choices.
+"""An experiment, not in the paper: a head that makes K choices, one for each token.
 
     python classroom/choices.py --autoencoder out/quick --out_dir out/choices     (after train.py)
 
-Two things slow the paper's head down. It maps noise continuously: draws slide
-across the gaps between the vectors of different chunks. A choice jumps. And the score of a whole
-chunk teaches how token 2 depends on token 1 only where a draw has token 1 right, which is rare at
-first. A choice has a score of its own, given the text's choices before it ("teacher forcing").
+A vector is nearly the sum of what each token adds to it. This head chooses the summands, one for
+each token, with a softmax each. heads.py says why token by token. Since all probabilities are
+known, the energy score needs no draws at all: it has a closed form.
 The price: K softmaxes over the vocabulary are back, small ones. The rest is CALM.
 """
 
@@ -27,32 +26,20 @@ ALPHA = 0.5  # exponent of the distances: all in (0, 2) are proper, and 1/2 is a
 def energy_score_of_choice(P, distances, target):
     """The energy score of a choice among V points c_i, which `energy_score` estimates from draws:
     P (..., V), distances |c_i - c_j|^alpha (V, V), target y (...) int, the point observed -> (...).
-    With all distances 1 it is 2 P(y) - sum_i P(i)^2 - 1: the Brier score, less 1.
+    With distance 1 between all different points it is 2 P(y) - sum_i P(i)^2 - 1: the Brier score,
+    less 1.
     """
     with torch.autocast(P.device.type, enabled=False):  # the two terms are close: all digits
         P = P.to(distances.dtype)
         fidelity = (P * distances[target]).sum(-1)  # E |c_i - c_y|^alpha
-        diversity = (P @ distances * P).sum(-1)  # E |c_i - c_j|^alpha
+        diversity = ((P @ distances) * P).sum(-1)  # E |c_i - c_j|^alpha
     return diversity - 2 * fidelity
-
-
-class Choice(nn.Module):
-    """P of one choice among V: softmax(MLP([LayerNorm(x), c])), x and c (..., d)  ->  (..., V)."""
-
-    def __init__(self, d, vocab_size):
-        super().__init__()
-        self.norm = nn.LayerNorm(d, eps=NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(2 * d, 3 * d), nn.SiLU(), nn.Linear(3 * d, vocab_size))
-        self.embedding = nn.Embedding(vocab_size, d)  # tells the next choices about this one
-
-    def forward(self, x, c):
-        return self.mlp(torch.cat([self.norm(x), c], dim=-1)).softmax(-1)
 
 
 class ChoiceHead(nn.Module):
     """A sampler of vectors, like `EnergyHead`. Each is a sum of what K choices add:
 
-        z = origin + codes[1, i_1] + … + codes[K, i_K],   i_k ~ P_k = Choice_k(x_k, c)
+        z = origin + codes[1, i_1] + … + codes[K, i_K],   i_k ~ P_k = softmax(network_k(x_k, c))
         x_1 = c = a map of the hidden state,   x_{k+1} = x_k + embedding_k[i_k]
 
     codes[k, v] is what token v at place k adds to the vector of a chunk. The autoencoder was not
@@ -63,7 +50,7 @@ class ChoiceHead(nn.Module):
         super().__init__()
         K, V, l, d = config.chunk_size, config.vocab_size, config.latent_size, config.hidden_size
         self.hidden = nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d, eps=NORM_EPS))
-        self.choices = nn.ModuleList(Choice(d, V) for _ in range(K))
+        self.choices = nn.ModuleList(heads.TokenNetwork(d, V, V) for _ in range(K))
         self.choices[-1].embedding.requires_grad_(False)  # nothing follows the last choice
         self.register_buffer("origin", torch.zeros(l))
         self.register_buffer("codes", torch.zeros(K, V, l))
@@ -71,8 +58,8 @@ class ChoiceHead(nn.Module):
 
     @torch.no_grad()
     def start_from(self, autoencoder, chunks, n=64):
-        """From a trained autoencoder and chunks of text, (many, K) int: codes[k, v] is how far the
-        mean vector of n of them moves when their token k becomes v. P begins as frequencies.
+        """From a trained autoencoder and chunks of text, (many, K) int: codes[k, v] is by what
+        the mean vector of n of them moves when their token k becomes v. P begins as frequencies.
         Returns the share of the tokens that the decoder recovers from sums of their codes.
         """
         V = self.codes.shape[1]
@@ -98,7 +85,8 @@ class ChoiceHead(nn.Module):
         x = c = self.hidden(hidden)  # (..., d)
         loss = 0
         for choice, D, token in zip(self.choices, distances, chunks.unbind(-1)):
-            loss = loss - energy_score_of_choice(choice(x, c), D, token).mean()
+            P = choice(x, c).softmax(-1)  # (..., V)
+            loss = loss - energy_score_of_choice(P, D, token).mean()
             x = x + choice.embedding(token)  # teacher forcing: the text's choice, not one drawn
         return loss
 
@@ -107,7 +95,7 @@ class ChoiceHead(nn.Module):
         x = c = self.hidden(hidden).expand(n, *hidden.shape)  # (n, ..., d)
         chunk = []
         for choice in self.choices:
-            P = choice(x, c)  # (n, ..., V)
+            P = choice(x, c).softmax(-1)  # (n, ..., V)
             i = P.flatten(0, -2).multinomial(1, generator=generator).view(P.shape[:-1])
             x = x + choice.embedding(i)
             chunk.append(i)

@@ -1,12 +1,19 @@
 """What the experiments with other heads share: choices.py and parts.py train CALM with a head of
 their own, on the autoencoder of a run. The five files of the project do not know them.
 
+Both draw a vector token by token: a first network draws what token 1 adds to it, a second what
+token 2 adds, given token 1, and so on. In training the given tokens are the text's, not drawn ones
+("teacher forcing"). So every position teaches how token 2 depends on token 1; with one score for
+the whole vector, only draws that have token 1 right would teach it.
+
 A head is a module with three methods:
 
     start_from(autoencoder, chunks)       before training: chunks of text, (many, K) int -> a float,
-                                          the share of their tokens that its vectors can express
+                                          the share of tokens that can be read in the head's terms
     loss(hidden, chunks, autoencoder)     hidden (..., d), the text's next chunks (..., K) -> scalar
     sample(hidden, n, generator)          n draws of the next vector: (..., d) -> (n, ..., l)
+
+Letters: those of autoencoder.py.
 """
 
 import argparse
@@ -15,18 +22,37 @@ from pathlib import Path
 
 import tiktoken
 import torch
+import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample  # noqa: E402
 import train  # noqa: E402
+from autoencoder import NORM_EPS  # noqa: E402
 from calm import CALM, CALMConfig  # noqa: E402
+
+
+class TokenNetwork(nn.Module):
+    """The network for one place in a chunk, and what the networks after it are told of its token.
+
+    MLP([LayerNorm(x), c]): x, c (..., d) -> (..., n_outputs). c is a map of the hidden state. x is
+    c plus the embeddings of the tokens before.
+    """
+
+    def __init__(self, d, n_outputs, vocab_size):
+        super().__init__()
+        self.norm = nn.LayerNorm(d, eps=NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(2 * d, 3 * d), nn.SiLU(), nn.Linear(3 * d, n_outputs))
+        self.embedding = nn.Embedding(vocab_size, d)
+
+    def forward(self, x, c):
+        return self.mlp(torch.cat([self.norm(x), c], dim=-1))
 
 
 @torch.no_grad()
 def mean_vectors(autoencoder, chunks):
-    """For each place k and each token v the mean vector of the chunks (n, K) whose token k is made
-    v: (K, V, l).
+    """(K, V, l): at [k, v], the mean vector of the chunks (n, K) after token k of each is replaced
+    by v.
     """
     result = []
     for k in range(autoencoder.config.chunk_size):
@@ -38,7 +64,9 @@ def mean_vectors(autoencoder, chunks):
 
 
 class HeadCALM(CALM):
-    """CALM with another head. In evaluation its loss is the paper's, so that heads compare."""
+    """CALM with another head. In evaluation its loss is the paper's, with the paper's distances, so
+    that heads can be compared by it. (Their losses in training cannot.)
+    """
 
     def __init__(self, config, autoencoder, head):
         super().__init__(config, autoencoder)
@@ -50,7 +78,7 @@ class HeadCALM(CALM):
             return super().forward(tokens)
         K = self.config.chunk_size
         hidden = self.hidden_states(tokens[:, :-K])  # (B, L-1, d)
-        chunks = tokens.unflatten(1, (-1, K))  # (B, L, K)
+        chunks = tokens.unflatten(1, (-1, K))  # (B, L, K), with L = T / K
         return self.head.loss(hidden, chunks[:, 1:], self.autoencoder), {}
 
 
@@ -76,6 +104,8 @@ def main(kind, head, share_of_steps):
     parser.add_argument("--out_dir", default=f"out/{kind}", help="where all that it writes goes")
     folders = parser.parse_args()
     settings = sample.load_checkpoint(folders.autoencoder, "autoencoder")["settings"]
+    # Scores of dice and choices are differences of close numbers: float32. They learn well with a
+    # learning rate of 3e-3, above that of the paper's head.
     changed = {"resume": False, "lr": 3e-3, "compile": False, "dtype": "float32"}
     changed["device"] = sample.pick_device("auto")
     changed["steps"] = round(settings["steps"] * share_of_steps)
@@ -89,7 +119,7 @@ def main(kind, head, share_of_steps):
     model = HeadCALM(calm.config, calm.autoencoder.eval(), head(calm.config))
     chunks = train.random_windows(data.train, 20_000, args.chunk_size)
     share = model.head.start_from(model.autoencoder, chunks)
-    print(f"vectors of this head can express {share:.2%} of the tokens")
+    print(f"before training, {share:.2%} of the tokens can be read in the terms of this head")
     train.PURPOSES[kind] = "which is CALM with another head"
     log = train.train(kind, model, args, data, log)
     train.finish(kind, model, args, data, log)

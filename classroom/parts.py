@@ -2,20 +2,21 @@
 
     python classroom/parts.py --autoencoder out/quick --out_dir out/parts         (after train.py)
 
-Like the paper's head it is a sampler, without a softmax and without likelihoods, and the energy
-score trains it. Three things are different, and the lab book tells what each is worth:
+Like the paper's head it is a sampler without a softmax, and the energy score trains it. Three things
+are different:
 
 1. *Parts.* z is turned so that each token has coordinates of its own, its part of z. The head draws
-   one part after the other, and each has a score of its own. So a draw teaches something of token 4
-   even if it has the others wrong.
-2. *Teacher forcing.* A part is drawn given the tokens before it. In training these are the text's.
+   one part after the other, each given the tokens before it, and each part has a score of its own.
+2. *Teacher forcing.* In training the given tokens are the text's. heads.py says why that matters.
 3. *A die.* The noise is not a vector but the roll of a die: for each part the network gives S
    points, its "sides", and one of them is drawn, each with probability 1/S. A continuous function
-   of continuous noise has to slide from one token's place to another's; a die jumps. And since all
-   S sides are known, the score is exact: the paper's head estimates it from N draws.
+   of continuous noise has to slide from one token's place to another's; a die jumps. And all sides
+   come from one pass of the network, where the paper's head needs a pass for each draw. So the
+   score is over all S sides, and exact for the outcome at hand.
 
 The Transformer still takes one step for K tokens. The price: K small networks, one after the other,
-and probabilities that are multiples of 1/S.
+and probabilities that are multiples of 1/S. (One could even count them, and compute how probable a
+chunk is. Nothing here does.)
 
 Letters: those of autoencoder.py, and S sides of a die. A part has l/K numbers.
 """
@@ -32,14 +33,16 @@ import sample  # noqa: E402
 from autoencoder import NORM_EPS, init_by_width  # noqa: E402
 from classroom import heads  # noqa: E402
 
-SIDES = 32  # S: more take longer and learnt no more
+SIDES = 32  # S: 16 learn less, 64 hardly more (lab book, question 2)
 
 
 def parts_of_latent(autoencoder, chunks):
     """An orthonormal basis of the latent space, (l, l), whose k-th l/K columns belong to token k.
+    chunks (many, K) int.
 
     Exchange the tokens after the k-th of a chunk for those of another: the vector moves. The
-    directions in which it moves least belong to the first k tokens.
+    directions in which it moves least belong to the first k tokens. (Directions in which vectors
+    hardly vary at all would be among those of token 1.)
     """
     l, K = autoencoder.config.latent_size, autoencoder.config.chunk_size
     other = chunks[torch.randperm(len(chunks))]
@@ -47,7 +50,7 @@ def parts_of_latent(autoencoder, chunks):
     for k in range(1, K):
         exchanged = torch.cat([chunks[:, :k], other[:, k:]], dim=1)
         moved = autoencoder.encode(chunks)[0] - autoencoder.encode(exchanged)[0]  # (n, l)
-        # Only in what the parts before have left over.
+        # What the columns so far leave over: of no columns, the whole space.
         rest = torch.linalg.svd(basis, full_matrices=True)[0][:, basis.shape[1] :]
         _, directions = torch.linalg.eigh(rest.T @ moved.T @ moved @ rest)  # smallest first
         basis = torch.cat([basis, rest @ directions[:, : l // K]], dim=1)
@@ -56,12 +59,13 @@ def parts_of_latent(autoencoder, chunks):
 
 
 def score_of_die(sides, target):
-    """The energy score of a die, exact, with alpha = 1: sides (..., S, l), target (..., l) -> (...).
+    """The energy score of a die for an outcome, with alpha = 1 as in the paper: sides (..., S, l/K),
+    target (..., l/K) -> (...). In the bottle 1/2 and 1 learn equally fast.
 
-    The sides are no draws from some distribution: they *are* the distribution. Two rolls show the
-    same side with probability 1/S, so the mean distance of two rolls is a mean over all S^2 pairs,
-    and the S zeros of the diagonal count. (`fidelity_and_diversity` leaves them out, since its
-    samples are draws.)
+    The sides are no draws from some distribution: they *are* the distribution. Two rolls show any
+    pair of sides with probability 1/S^2, also a side with itself. So diversity is a mean over all
+    S^2 pairs, and the S zeros of the diagonal count. (`fidelity_and_diversity` leaves them out,
+    since its samples are draws.)
     """
     to_target = (sides - target.unsqueeze(-2)).norm(dim=-1)  # (..., S)
     exact = "donot_use_mm_for_euclid_dist"  # a side's distance to itself must be 0
@@ -74,38 +78,25 @@ def nearest(part, codes):
     return torch.cdist(part.flatten(0, -2), codes).argmin(-1).view(part.shape[:-1])
 
 
-class Die(nn.Module):
-    """The sides of a die: MLP([LayerNorm(x), c]), x and c (..., d) -> (..., S, size)."""
-
-    def __init__(self, d, size, vocab_size):
-        super().__init__()
-        self.norm = nn.LayerNorm(d, eps=NORM_EPS)
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * d, 3 * d), nn.SiLU(), nn.Linear(3 * d, SIDES * size)
-        )
-        self.embedding = nn.Embedding(vocab_size, d)  # tells the next dice about this token
-
-    def forward(self, x, c):
-        return self.mlp(torch.cat([self.norm(x), c], dim=-1)).unflatten(-1, (SIDES, -1))
-
-
 class PartsHead(nn.Module):
     """A sampler of vectors, like `EnergyHead`:
 
-        z = basis · [part 1, …, part K],   part k = a side of Die_k(x_k, c)
+        z = basis · [part 1, …, part K],   part k = one of the S points network_k(x_k, c)
         x_1 = c = a map of the hidden state,   x_{k+1} = x_k + embedding_k[token k]
 
     A drawn part is read as the token whose code is nearest: codes[k, v] is where the part of token
-    v at place k lies on average. (Why not give the next die the part itself? A part moves a little
-    with the later tokens, too. In training, where it is the text's, a die would learn to read them
-    there; and drawn parts do not know them.)
+    v at place k lies on average. Why is the next die not given the part itself? The part of a token
+    moves a little with the later tokens, too. In training, where it is the text's, the next die
+    would learn to read them there. But a drawn part is one of S points, too few to tell.
     """
 
     def __init__(self, config):
         super().__init__()
         K, V, l, d = config.chunk_size, config.vocab_size, config.latent_size, config.hidden_size
         self.hidden = nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d, eps=NORM_EPS))
-        self.dice = nn.ModuleList(Die(d, l // K, V) for _ in range(K))
+        sample.check(l % K == 0, "--latent_size must be a multiple of --chunk_size")
+        n_outputs = SIDES * (l // K)
+        self.dice = nn.ModuleList(heads.TokenNetwork(d, n_outputs, V) for _ in range(K))
         self.dice[-1].embedding.requires_grad_(False)  # nothing follows the last part
         self.register_buffer("basis", torch.eye(l))
         self.register_buffer("codes", torch.zeros(K, V, l // K))
@@ -141,7 +132,8 @@ class PartsHead(nn.Module):
         x = c = self.hidden(hidden)  # (..., d)
         loss = 0
         for die, part, token in zip(self.dice, self.split(z), chunks.unbind(-1)):
-            loss = loss - score_of_die(die(x, c), part).mean()
+            sides = die(x, c).unflatten(-1, (SIDES, -1))  # (..., S, l/K)
+            loss = loss - score_of_die(sides, part).mean()
             x = x + die.embedding(token)  # teacher forcing: the text's token, not one drawn
         return loss
 
@@ -150,7 +142,7 @@ class PartsHead(nn.Module):
         x = c = self.hidden(hidden).expand(n, *hidden.shape)  # (n, ..., d)
         parts = []
         for die, codes in zip(self.dice, self.codes):
-            sides = die(x, c)  # (n, ..., S, l/K)
+            sides = die(x, c).unflatten(-1, (SIDES, -1))  # (n, ..., S, l/K)
             shape = (*x.shape[:-1], 1, 1)
             roll = torch.randint(SIDES, shape, generator=generator, device=x.device)
             part = sides.take_along_dim(roll, dim=-2).squeeze(-2)  # (n, ..., l/K)

@@ -142,7 +142,7 @@ def test_the_loss_is_that_of_each_die_after_the_tokens_of_the_text():
     for h, part, chunk in zip(model.hidden_states(tokens)[0], z @ head.basis, chunks):
         x = c = head.hidden(h)
         for die, target, token in zip(head.dice, part.view(4, -1), chunk):
-            sides = die.mlp(torch.cat([die.norm(x), c])).view(parts.SIDES, -1)
+            sides = die.mlp(torch.cat([die.norm(x), c])).view(32, -1)
             expected -= parts.score_of_die(sides, target) / 2
             x = x + die.embedding.weight[token]
     torch.testing.assert_close(loss, expected)
@@ -158,10 +158,11 @@ def test_all_sides_are_equally_likely_and_the_next_die_knows_the_token():
     head.basis.copy_(torch.linalg.qr(head.basis)[0])
     h = torch.randn(1, head.hidden[0].in_features)
     x = c = head.hidden(h)
-    first = head.dice[0](x, c)[0]  # (32, l/2)
+    first = head.dice[0](x, c).view(32, -1)  # (32, l/2)
     tokens = (first[:, None] - head.codes[0]).square().sum(-1).argmin(-1)  # (32,)
     assert len(tokens.unique()) > 1
-    after = head.dice[1](x + head.dice[0].embedding.weight[tokens], c.expand(32, -1))  # (32, 32, …)
+    after = head.dice[1](x + head.dice[0].embedding.weight[tokens], c.expand(32, -1))
+    after = after.view(32, 32, -1)  # (32, 32, l/2): for each first side
     possible = torch.cat([first[:, None].expand_as(after), after], dim=-1) @ head.basis.T
     distances = torch.cdist(head.sample(h, 40_000)[:, 0], possible.flatten(0, 1))
     assert distances.amin(1).max() < 0.01  # but for rounding

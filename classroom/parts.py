@@ -10,9 +10,9 @@ are different:
 2. *Teacher forcing.* In training the given tokens are the text's. heads.py says why that matters.
 3. *A die.* The noise is not a vector but the roll of a die: for each part the network gives S
    points, its "sides", and one of them is drawn, each with probability 1/S. A continuous function
-   of continuous noise has to slide from one token's place to another's; a die jumps. And all sides
-   come from one pass of the network, where the paper's head needs a pass for each draw. So the
-   score is over all S sides, and exact for the outcome at hand.
+   of continuous noise has to slide from one token's place to another's; a die jumps. All sides come
+   from one pass of the network, so the score is over all of them, and exact for the outcome at
+   hand. (The lab book, question 2, tells the two apart: the jump matters, the exact score hardly.)
 
 The Transformer still takes one step for K tokens. The price: K small networks, one after the other,
 and probabilities that are multiples of 1/S. (One could even count them, and compute how probable a

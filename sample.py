@@ -68,7 +68,7 @@ def one_by_one(draw, max_draws):
     """
     for _ in range(math.ceil(max_draws / 256)):
         yield from draw(256).cpu()
-    raise UserError(f"nothing accepted in {max_draws:,} draws: take a higher temperature")
+    raise UserError(f"nothing accepted in {max_draws:,} draws: take T = 1, 1/2 or another method")
 
 
 def bernoulli_factory(draws, x, a, generator=None):

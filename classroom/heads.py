@@ -54,13 +54,13 @@ def mean_vectors(autoencoder, chunks):
     """(K, V, l): at [k, v], the mean vector of the chunks (n, K) after token k of each is replaced
     by v.
     """
+    V = autoencoder.config.vocab_size
     result = []
     for k in range(autoencoder.config.chunk_size):
-        for v in range(autoencoder.config.vocab_size):
-            changed = chunks.clone()
-            changed[:, k] = v
-            result.append(autoencoder.encode(changed)[0].mean(0))
-    return torch.stack(result).unflatten(0, (-1, autoencoder.config.vocab_size))
+        changed = chunks.repeat(V, 1, 1)  # (V, n, K)
+        changed[:, :, k] = torch.arange(V).unsqueeze(1)
+        result.append(autoencoder.encode(changed)[0].mean(1))  # (V, l)
+    return torch.stack(result)
 
 
 class HeadCALM(CALM):

@@ -2,8 +2,8 @@
 
     python classroom/parts.py --autoencoder out/quick --out_dir out/parts         (after train.py)
 
-Like the paper's head it is a sampler without a softmax, and the energy score trains it. Three things
-are different:
+Like the paper's head it is a sampler without a softmax, and the energy score trains it. Three
+things are different:
 
 1. *Parts.* z is turned so that each token has coordinates of its own, its part of z. The head draws
    one part after the other, each given the tokens before it, and each part has a score of its own.
@@ -59,8 +59,8 @@ def parts_of_latent(autoencoder, chunks):
 
 
 def score_of_die(sides, target):
-    """The energy score of a die for an outcome, with alpha = 1 as in the paper: sides (..., S, l/K),
-    target (..., l/K) -> (...). In the bottle 1/2 and 1 learn equally fast.
+    """The energy score of a die for an outcome, with alpha = 1 as in the paper: sides (..., S,
+    l/K), target (..., l/K) -> (...). In the bottle 1/2 and 1 learn equally fast.
 
     The sides are no draws from some distribution: they *are* the distribution. Two rolls show any
     pair of sides with probability 1/S^2, also a side with itself. So diversity is a mean over all

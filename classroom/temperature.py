@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--picture", default=ROOT / "classroom/pictures/words.png")
     args = parser.parse_args()
     calm, encoding = sample.load_model(args.calm)
-    transformer, _ = sample.load_model(args.baseline)
+    transformer, _ = sample.load_model(args.baseline, "baseline")
     settings = sample.load_checkpoint(args.calm, "calm")["settings"]
     data = train.load_tokens(Namespace(**settings))
     known = {word for text in documents_in(data.train, encoding) for word in words_of(text)}

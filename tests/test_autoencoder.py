@@ -37,8 +37,10 @@ def test_each_dimension_is_floored_before_the_sum_and_not_pulled_below_the_floor
 
 def test_in_evaluation_nothing_is_damaged():
     model, tokens = tiny().eval(), torch.randint(1, 11, (50, 4))
-    mean, _ = model.encode(tokens)
+    mean, log_std = model.encode(tokens)
     loss, metrics = model(tokens)
+    kl = kl_divergence(mean, log_std, model.config.kl_floor).mean()
+    torch.testing.assert_close(metrics["kl"], kl, msg="metrics['kl'] is not the mean over chunks")
     torch.testing.assert_close(loss, loss_of(model, mean, tokens, tokens))
     right = model.decode(mean).argmax(-1) == tokens
     torch.testing.assert_close(metrics["accuracy"], right.float().mean())
@@ -46,7 +48,17 @@ def test_in_evaluation_nothing_is_damaged():
     assert model.train()(tokens)[1].keys() == {"reconstruction", "kl"}
 
 
-def test_the_damage_of_training_spares_the_targets():
+def test_the_noise_of_the_second_accuracy_has_a_std_of_0_3_in_evaluation():
+    """H0: the second vector that is decoded is mean + 0.3 · noise. n = 60 000; 4.5 sigma."""
+    model, tokens, seen = tiny().eval(), torch.randint(11, (10_000, 4)), []
+    model.from_latent.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(tokens)
+    noise = seen[1].flatten(0, -2) - model.encode(tokens)[0]
+    assert abs(noise.mean().item()) < 4.5 * 0.3 / math.sqrt(60_000)
+    assert abs(noise.std().item() - 0.3) < 4.5 * 0.3 / math.sqrt(120_000)
+
+
+def test_with_all_dropped_the_decoder_reads_zeros_and_must_say_the_tokens():
     """With all dropped, the encoder reads zeros, the decoder too, and must still say the tokens."""
     model, tokens = tiny(dropout=1.0).train(), torch.randint(1, 11, (50, 4))
     torch.nn.init.normal_(model.from_latent.bias)  # or z = 0 would make all tokens as probable
@@ -67,6 +79,14 @@ def test_tokens_and_latent_coordinates_are_dropped_at_the_right_rate(seed):
         dropped = (inputs == 0).float()
         sigma = math.sqrt(0.15 * 0.85 / dropped.numel())
         assert abs(dropped.mean().item() - 0.15) < 4.5 * sigma
+    z = seen[1].flatten(0, -2)
+    assert (z == 0).all(-1).sum() < 10, "coordinates are dropped one by one, not whole vectors"
+    # What is left is scaled up, so that the mean of z stays. H0: the slope of z over mean is 1.
+    mean, log_std = model.encode(seen[0].flatten(0, -2))
+    variance = (mean**2 + (2 * log_std).exp()) / 0.85 - mean**2
+    slope = (z * mean).sum() / mean.square().sum()
+    sigma = (mean**2 * variance).sum().sqrt() / mean.square().sum()
+    assert abs(slope - 1) < 4.5 * sigma
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -81,3 +101,11 @@ def test_training_decodes_a_draw_of_the_posterior(seed):
     noise = (seen[0].flatten(0, -2) - mean) / log_std.exp()
     assert abs(noise.mean().item()) < 4.5 / math.sqrt(60_000)
     assert abs(noise.var().item() - 1) < 4.5 * math.sqrt(2 / 60_000)
+
+
+def test_the_gradient_passes_through_the_draw_to_mean_and_std():
+    model = tiny(dropout=0.0, kl_weight=0.0).train()
+    model(torch.randint(11, (50, 4)))[0].backward()
+    gradient = model.to_posterior.weight.grad
+    assert gradient is not None, "the draw must be a function of mean and std: see the hints"
+    assert gradient.view(2, -1).norm(dim=1).min() > 0  # the rows of the mean, and of log std

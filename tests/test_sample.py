@@ -34,13 +34,13 @@ def test_the_exact_sampler_is_exact_and_its_factory_without_bias(P, temperature,
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("p, a", [(0.7, 0.5), (0.3, 1 / 3), (0.2, 0.9)])
+@pytest.mark.parametrize("p, a", [(0.7, 0.5), (0.3, 1 / 3), (0.2, 0.9), (0.01, 0.2)])
 def test_the_factory_accepts_with_p_to_the_a_after_p_to_the_a_minus_1_draws(p, a, seed):
     """H0 for 4 000 runs: a share p^a accepts (chi-square, p > 1e-4); the mean number of draws is
     p^(a-1), within 3.9 standard errors.
     """
     torch.manual_seed(seed)
-    hits, accepted, used = iter((torch.rand(100_000) < p).long()), 0, []
+    hits, accepted, used = iter((torch.rand(300_000) < p).long()), 0, []
     for _ in range(4000):
         count = itertools.count()
         accepted += sample.bernoulli_factory((next(hits) for _ in count), torch.tensor(1), a)
@@ -49,6 +49,19 @@ def test_the_factory_accepts_with_p_to_the_a_after_p_to_the_a_minus_1_draws(p, a
     assert chi_square_p(torch.tensor([accepted, 4000 - accepted]), 4000 * shares) > 1e-4
     used = torch.tensor(used).double()
     assert abs(used.mean() - p ** (a - 1)) < 3.9 * used.std() / math.sqrt(4000)
+
+
+def test_the_factory_accepts_by_coins_of_its_generator():
+    def trials():
+        generator, used = torch.Generator().manual_seed(3), itertools.count()
+        for _ in range(50):  # no draw is 1, so the coins alone decide when it gives up
+            zeros = (torch.tensor(0) for _ in used)
+            assert not sample.bernoulli_factory(zeros, torch.tensor(1), 0.5, generator)
+        return next(used)
+
+    first = trials()
+    torch.manual_seed(1)
+    assert trials() == first
 
 
 def chances_by_enumeration(pool, n, a):
@@ -204,6 +217,6 @@ def test_the_exact_sampler_gives_up_after_max_draws(temperature):
     """
     numbers = itertools.count()
     draw = lambda n: torch.tensor([[next(numbers)] for _ in range(n)])
-    with pytest.raises(sample.UserError, match="higher temperature"):
+    with pytest.raises(sample.UserError, match="T = 1, 1/2"):
         sample.temperature_sample_exact(draw, temperature, max_draws=1000)
     assert next(numbers) < 2000

@@ -52,7 +52,7 @@ class TokenNetwork(nn.Module):
 @torch.no_grad()
 def mean_vectors(autoencoder, chunks):
     """(K, V, l): at [k, v], the mean vector of the chunks (n, K) after token k of each is replaced
-    by v.
+    by v. (For one place, the encoder reads all V · n of them at once.)
     """
     V = autoencoder.config.vocab_size
     result = []
@@ -64,13 +64,13 @@ def mean_vectors(autoencoder, chunks):
 
 
 class HeadCALM(CALM):
-    """CALM with another head. In evaluation its loss is the paper's, with the paper's distances, so
-    that heads can be compared by it. (Their losses in training cannot.)
+    """CALM with a head of another class. In evaluation its loss is the paper's, with the paper's
+    distances, so that heads can be compared by it. (Their losses in training cannot.)
     """
 
     def __init__(self, config, autoencoder, head):
         super().__init__(config, autoencoder)
-        self.head = head
+        self.head = head(config)
 
     def forward(self, tokens):
         """tokens (B, T) -> loss, metrics: scalars."""
@@ -89,7 +89,7 @@ def load(out_dir, kind, head):
     saved = sample.load_checkpoint(out_dir, kind)
     config = CALMConfig(**saved["configs"][kind])
     autoencoder = sample.build_model("autoencoder", saved["configs"])
-    model = HeadCALM(config, autoencoder, head(config))
+    model = HeadCALM(config, autoencoder, head)
     model.load_state_dict(saved["weights"])
     return model.eval(), tiktoken.Encoding("saved", **saved["tokenizer"])
 
@@ -116,7 +116,7 @@ def main(kind, head, share_of_steps):
     data = train.load_tokens(args)
 
     calm, log = train.new_model("calm", args, data)
-    model = HeadCALM(calm.config, calm.autoencoder.eval(), head(calm.config))
+    model = HeadCALM(calm.config, calm.autoencoder.eval(), head)
     chunks = train.random_windows(data.train, 20_000, args.chunk_size)
     share = model.head.start_from(model.autoencoder, chunks)
     print(f"before training, {share:.2%} of the tokens can be read in the terms of this head")

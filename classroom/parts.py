@@ -12,7 +12,7 @@ things are different:
    points, its "sides", and one of them is drawn, each with probability 1/S. A continuous function
    of continuous noise has to slide from one token's place to another's; a die jumps. All sides come
    from one pass of the network, so the score is over all of them, and exact for the outcome at
-   hand. (The lab book, question 2, tells the two apart: the jump matters, the exact score hardly.)
+   hand. (The gain does not come from the exact score: lab book, question 2.)
 
 The Transformer still takes one step for K tokens. The price: K small networks, one after the other,
 and probabilities that are multiples of 1/S. (One could even count them, and compute how probable a

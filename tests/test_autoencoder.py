@@ -40,7 +40,7 @@ def test_in_evaluation_nothing_is_damaged():
     mean, log_std = model.encode(tokens)
     loss, metrics = model(tokens)
     kl = kl_divergence(mean, log_std, model.config.kl_floor).mean()
-    torch.testing.assert_close(metrics["kl"], kl, msg="metrics['kl'] is not the mean over chunks")
+    torch.testing.assert_close(metrics["kl"], kl, msg="metrics['kl'] is wrong")
     torch.testing.assert_close(loss, loss_of(model, mean, tokens, tokens))
     right = model.decode(mean).argmax(-1) == tokens
     torch.testing.assert_close(metrics["accuracy"], right.float().mean())

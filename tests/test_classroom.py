@@ -99,7 +99,7 @@ def random_head(kind, K=3):
     And a text of three chunks.
     """
     base = tiny_calm(K, vocab_size=5, context=24)
-    model = HeadCALM(base.config, base.autoencoder, kind(base.config))
+    model = HeadCALM(base.config, base.autoencoder, kind)
     for tensor in model.head.state_dict().values():
         tensor.normal_(std=0.3)
     return model, torch.randint(5, (1, 3 * K))
